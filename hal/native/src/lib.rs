@@ -1,0 +1,2 @@
+//! Picks the backend of this build.
+#![forbid(unsafe_code)]

@@ -1,0 +1,2 @@
+//! A backend that replays a script instead of running a guest.
+#![forbid(unsafe_code)]

@@ -1,0 +1,3 @@
+//! The Caisson host binary.
+
+fn main() {}

@@ -1,0 +1,1 @@
+//! The Machine contract kept by a QEMU child, for emulation and foreign guests.

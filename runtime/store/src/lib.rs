@@ -1,0 +1,1 @@
+//! Root filesystems, volumes and the sharing policy.

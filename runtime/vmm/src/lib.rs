@@ -1,0 +1,1 @@
+//! Our own machine: bus, vCPU threads, loader; generic over the hypervisor.
