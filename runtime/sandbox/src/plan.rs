@@ -89,6 +89,23 @@ pub struct ContainerPlan {
     pub hooks: HostHooks,
     /// Whether the process has a terminal.
     pub terminal: bool,
+    /// The host network namespace of the stand-in process, and so of the sandbox's network.
+    #[serde(default)]
+    pub netns: NetworkNamespace,
+}
+
+/// The host network namespace a container stands in.
+///
+/// Engines find a container's interfaces through the namespaces of its pid, so the stand-in lives there.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum NetworkNamespace {
+    /// The caller's own.
+    #[default]
+    Caller,
+    /// A new one, empty until an engine or a hook fills it.
+    New,
+    /// An existing one.
+    Path(PathBuf),
 }
 
 /// One thing shared with the guest.
