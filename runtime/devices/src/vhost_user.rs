@@ -18,7 +18,7 @@ use vhost::vhost_user::message::{
 };
 use vhost::vhost_user::{BackendReqHandler, Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
-use vm_memory::{FileOffset, GuestAddress, GuestRegionMmap, MmapRegion};
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryRegion, GuestRegionMmap, MmapRegion};
 
 use crate::thread::{Role, Threads};
 use crate::virtio::{Activation, ActiveQueue, Memory, Queue, QueueT, Signal, VirtioDevice};
@@ -276,7 +276,7 @@ impl VhostUserBackendReqHandlerMut for Backend {
             GuestRegionMmap::new(mapping, GuestAddress(region.guest_phys_addr)).ok_or(Error::InvalidParam)
         });
         let mut mapped = mapped.collect::<Result<Vec<_>>>()?;
-        mapped.sort_by_key(|region| vm_memory::GuestMemoryRegion::start_addr(region));
+        mapped.sort_by_key(GuestMemoryRegion::start_addr);
         let memory = Memory::from_regions(mapped).map_err(|_| Error::InvalidParam)?;
         let running = !self.active.is_empty();
         self.rest();
@@ -452,4 +452,79 @@ const NOT_OFFERED: Error = Error::InvalidOperation("the feature was not offered"
 fn halves(address: u64) -> (Option<u32>, Option<u32>) {
     let low = u32::try_from(address & u64::from(u32::MAX)).ok();
     (low, u32::try_from(address >> 32).ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::vsock::{GUEST_CID, HostPorts, Vsock};
+
+    #[derive(Debug)]
+    struct Nobody;
+
+    impl HostPorts for Nobody {
+        fn accept(&self, _port: u32, _stream: UnixStream) -> bool {
+            false
+        }
+    }
+
+    fn backend() -> Backend {
+        Backend::new(
+            Box::new(Vsock::new(GUEST_CID, Arc::new(Nobody))),
+            Threads::plain(),
+        )
+    }
+
+    #[test]
+    fn addresses_outside_the_memory_table_do_not_translate() {
+        let mut backend = backend();
+        backend.regions = vec![Region {
+            user: 0x10_0000,
+            guest: 0x1000,
+            size: 0x2000,
+        }];
+        for (user, want) in [
+            (0x10_0000, Some(0x1000)),
+            (0x10_1fff, Some(0x2fff)),
+            (0x10_2000, None),
+            (0xf_ffff, None),
+            (u64::MAX, None),
+        ] {
+            assert_eq!(backend.translate(user).ok(), want, "{user:#x}");
+        }
+    }
+
+    #[test]
+    fn rings_that_do_not_exist_and_sizes_that_virtio_forbids_are_refused() {
+        let mut backend = backend();
+        for (index, size, good) in [
+            (0, 256, true),
+            (0, 0, false),
+            (0, 100, false),
+            (0, 512, false),
+            (3, 16, false),
+        ] {
+            assert_eq!(backend.set_vring_num(index, size).is_ok(), good, "{index} {size}");
+        }
+        assert!(
+            backend
+                .set_vring_addr(0, VhostUserVringAddrFlags::empty(), 0, 0, 0, 0)
+                .is_err()
+        );
+        assert!(backend.set_features(1 << 60).is_err());
+        assert!(
+            backend
+                .get_config(0, CONFIG + 1, VhostUserConfigFlags::empty())
+                .is_err()
+        );
+    }
+
+    #[test]
+    fn the_service_ends_when_its_frontend_leaves() {
+        let (ours, frontend) = UnixStream::pair().expect("pair");
+        let device = Box::new(Vsock::new(GUEST_CID, Arc::new(Nobody)));
+        let served = serve(device, ours, &Threads::plain(), "vhost-test").expect("thread");
+        drop(frontend);
+        served.join().expect("the service does not panic");
+    }
 }

@@ -336,8 +336,8 @@ fn random_packets_neither_panic_nor_outgrow_the_bounds() {
         packet.dst_port.set(if next() % 8 == 0 { 1 } else { 1024 });
         packet.flags.set((next() % 5) as u32);
         packet.len.set((next() % 70) as u32);
-        packet.buf_alloc.set(next() as u32);
-        packet.fwd_cnt.set(next() as u32);
+        packet.buf_alloc.set(u32::try_from(next() >> 32).unwrap());
+        packet.fwd_cnt.set(u32::try_from(next() >> 32).unwrap());
         let mut bytes = packet.as_bytes().to_vec();
         bytes.resize(HEADER + (next() % 64) as usize, 0xa5);
         if driver.has_room(TX) {
