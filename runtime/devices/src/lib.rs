@@ -8,5 +8,6 @@
 #![forbid(unsafe_code)]
 
 pub mod thread;
+pub mod vhost_user;
 pub mod virtio;
 pub mod vsock;
