@@ -7,11 +7,14 @@
 //! Three entry points of the host binary live here: [`client`] is what every command calls, [`supervisor`]
 //! runs one sandbox, and [`stand_in`] is the process that engines take for the container's.
 
+pub mod bundle;
 mod cgroup;
 pub mod client;
+pub mod config;
 mod disk;
 mod id;
 pub mod plan;
+pub mod planner;
 mod process;
 mod proto;
 pub mod stand_in;
