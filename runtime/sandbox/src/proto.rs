@@ -175,7 +175,7 @@ pub enum Refusal {
     Exists(String),
     /// The guest refused; stage and error number are kept.
     #[error("the guest could not {0}")]
-    Guest(#[source] Failure),
+    Guest(Failure),
     /// The machine could not be started or has ended.
     #[error(transparent)]
     Machine(MachineFailure),

@@ -40,6 +40,8 @@ pub(crate) struct State {
     pub(super) last_id: u64,
     pub(super) last_port: u32,
     pub(super) call_deadline: Duration,
+    /// Why the agent's stream has ended, until it is known whether the machine has.
+    pub(super) agent_lost: Option<String>,
     /// The last bytes the guest printed.
     pub(super) console: VecDeque<u8>,
 }
@@ -202,6 +204,8 @@ pub(crate) enum Timer {
     Order(u64),
     /// The last streams of a process that has ended are opened.
     Streams(Target),
+    /// The vmm process says why the agent's stream has ended.
+    LastWords,
     /// A container that is deleted has ended.
     Delete(String),
     /// The stand-ins of ended processes have written everything.

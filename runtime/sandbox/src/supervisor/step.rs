@@ -261,6 +261,10 @@ impl State {
                     out.push(Effect::Answer(token, Ok(Reply::Stats(Box::new(measured)))));
                 }
             }
+            Timer::LastWords => {
+                let why = self.agent_lost.take().unwrap_or_default();
+                self.fail("talk to the guest", why, out);
+            }
             Timer::Streams(target) => self.tell_exit(&target, Patient::No, out),
             Timer::Delete(container) => self.delete_deadline(&container, out),
             Timer::Drain => self.flush(out),

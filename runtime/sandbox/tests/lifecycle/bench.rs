@@ -10,7 +10,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-use caisson_sandbox::client::{CreateOrder, ExecOrder, Executed, Force, GuestFailure, Place, Runtime, StdioChoice};
+use caisson_sandbox::client::{
+    CreateOrder, ExecOrder, Executed, Force, GuestFailure, Place, Runtime, StdioChoice,
+};
 use caisson_sandbox::plan::{ContainerPlan, HostHooks, MachineChoice, NetworkNamespace, SandboxPlan};
 use caisson_sandbox::{ContainerId, Status};
 use caisson_wire::agent;
@@ -31,7 +33,9 @@ pub(crate) fn run_all(filter: Option<&str>, cases: &[Case]) -> ExitCode {
     // What a client leaves to be inherited comes here, as it would to an engine's monitor.
     rustix::process::set_child_subreaper(Some(rustix::process::getpid())).unwrap();
     let mut failed = Vec::new();
-    let chosen = cases.iter().filter(|(name, _)| filter.is_none_or(|filter| name.contains(filter)));
+    let chosen = cases
+        .iter()
+        .filter(|(name, _)| filter.is_none_or(|filter| name.contains(filter)));
     for (name, case) in chosen {
         let began = Instant::now();
         let (done, outcome) = mpsc::channel();
@@ -97,11 +101,18 @@ impl World {
 
     pub(crate) fn below(parent: &Path) -> Self {
         static COUNT: AtomicU32 = AtomicU32::new(0);
-        let directory = tempfile::Builder::new().prefix("caisson-test").tempdir_in(parent).unwrap();
+        let directory = tempfile::Builder::new()
+            .prefix("caisson-test")
+            .tempdir_in(parent)
+            .unwrap();
         Self {
             runtime: Runtime::new(directory.path().join("root")),
             directory,
-            tag: format!("t{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed)),
+            tag: format!(
+                "t{}-{}",
+                std::process::id(),
+                COUNT.fetch_add(1, Ordering::Relaxed)
+            ),
         }
     }
 
@@ -131,7 +142,10 @@ impl World {
     }
 
     pub(crate) fn container(&self, id: &ContainerId, arguments: &[&str]) -> ContainerPlan {
-        let spec = SpecBuilder::default().process(process(arguments)).build().unwrap();
+        let spec = SpecBuilder::default()
+            .process(process(arguments))
+            .build()
+            .unwrap();
         ContainerPlan {
             id: id.to_string(),
             bundle: self.directory.path().to_owned(),
@@ -183,7 +197,11 @@ impl World {
     }
 
     pub(crate) fn log(&self, name: &str) -> String {
-        let path = self.runtime.root().join(self.id(name).as_str()).join("supervisor.log");
+        let path = self
+            .runtime
+            .root()
+            .join(self.id(name).as_str())
+            .join("supervisor.log");
         std::fs::read_to_string(path).unwrap_or_default()
     }
 
@@ -193,7 +211,11 @@ impl World {
 
     /// A process of a sandbox, from its record: "supervisor", "vmm".
     pub(crate) fn pid_of(&self, name: &str, role: &str) -> i32 {
-        let path = self.runtime.root().join(self.id(name).as_str()).join("sandbox.json");
+        let path = self
+            .runtime
+            .root()
+            .join(self.id(name).as_str())
+            .join("sandbox.json");
         let record: serde_json::Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
         record[role]["pid"].as_i64().unwrap().try_into().unwrap()
     }
@@ -303,7 +325,10 @@ fn carry_out(order: Order) -> Result<u8, Failed> {
         };
         return match runtime.exec(&order.id, order_of).map_err(failed)? {
             Executed::Detached { .. } => Ok(0),
-            Executed::Attached(process) => Ok(process.wait().map_err(|err| (err.to_string(), None))?.shell_code()),
+            Executed::Attached(process) => Ok(process
+                .wait()
+                .map_err(|err| (err.to_string(), None))?
+                .shell_code()),
         };
     }
     let create = CreateOrder {
@@ -337,7 +362,12 @@ pub(crate) fn chain(err: &dyn std::error::Error) -> String {
 
 pub(crate) fn process(arguments: &[&str]) -> Process {
     ProcessBuilder::default()
-        .args(arguments.iter().map(|text| (*text).to_owned()).collect::<Vec<_>>())
+        .args(
+            arguments
+                .iter()
+                .map(|text| (*text).to_owned())
+                .collect::<Vec<_>>(),
+        )
         .cwd("/")
         .build()
         .unwrap()
@@ -363,7 +393,8 @@ pub(crate) fn kill(pid: i32, signal: i32) {
 
 pub(crate) fn is_alive(pid: i32) -> bool {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with(['Z', 'X']))
+    stat.rsplit_once(") ")
+        .is_some_and(|(_, rest)| !rest.starts_with(['Z', 'X']))
 }
 
 /// Waits for an inherited child, as an engine's monitor does; gives its wait status.
@@ -374,7 +405,10 @@ pub(crate) fn reap(pid: i32, limit: Duration) -> ExitStatus {
         if let Some((_, status)) = waitpid(Pid::from_raw(pid), WaitOptions::NOHANG).unwrap() {
             return ExitStatus::from_raw(status.as_raw());
         }
-        assert!(Instant::now() < until, "process {pid} did not end within {limit:?}");
+        assert!(
+            Instant::now() < until,
+            "process {pid} did not end within {limit:?}"
+        );
         std::thread::sleep(Duration::from_millis(2));
     }
 }

@@ -58,7 +58,10 @@ cases![
 fn run_writes_the_output_and_leaves_with_the_code() {
     let world = World::new();
     let outcome = world.order(Verb::Run, "c", "", &["print", "ahoy"]).run();
-    assert_eq!((outcome.stdout.as_str(), outcome.stderr.as_str()), ("ahoy", "to stderr"));
+    assert_eq!(
+        (outcome.stdout.as_str(), outcome.stderr.as_str()),
+        ("ahoy", "to stderr")
+    );
     assert_eq!(outcome.status.code(), Some(0));
     let outcome = world.order(Verb::Run, "c", "", &["exit", "3"]).run();
     assert_eq!(outcome.status.code(), Some(3), "{outcome:?}");
@@ -88,7 +91,10 @@ fn a_created_container_waits_starts_and_leaves_its_status() {
     assert_eq!((after.status, after.pid), (Status::Stopped, 0));
     assert_eq!(after.exit, Some(ExitStatus::Code(5)));
     assert_eq!(world.runtime.wait(&order.id).unwrap(), ExitStatus::Code(5));
-    assert_eq!(world.runtime.list().unwrap(), [world.runtime.state(&order.id).unwrap()]);
+    assert_eq!(
+        world.runtime.list().unwrap(),
+        [world.runtime.state(&order.id).unwrap()]
+    );
 
     world.delete("c", Force::No);
     assert!(world.runtime.list().unwrap().is_empty());
@@ -125,7 +131,9 @@ fn a_missing_program_is_said_and_leaves_nothing() {
         let outcome = finish(world.order(verb, "c", "", &["missing"]).spawn(Stdio::null()), b"");
         assert_eq!(outcome.status.code(), Some(127), "{outcome:?}");
         assert!(
-            outcome.stderr.ends_with("the guest could not start the program: missing: No such file or directory"),
+            outcome
+                .stderr
+                .ends_with("the guest could not start the program: missing: No such file or directory"),
             "{outcome:?}"
         );
     }
@@ -136,11 +144,24 @@ fn exec_runs_beside_and_tells_its_own_status() {
     let world = World::new();
     world.started("c", "");
     let outcome = world.order(Verb::Exec, "c", "", &["print", "beside"]).run();
-    assert_eq!((outcome.stdout.as_str(), outcome.status.code()), ("beside", Some(0)));
-    assert_eq!(world.order(Verb::Exec, "c", "", &["exit", "9"]).run().status.code(), Some(9));
+    assert_eq!(
+        (outcome.stdout.as_str(), outcome.status.code()),
+        ("beside", Some(0))
+    );
+    assert_eq!(
+        world
+            .order(Verb::Exec, "c", "", &["exit", "9"])
+            .run()
+            .status
+            .code(),
+        Some(9)
+    );
     let child = world.order(Verb::Exec, "c", "", &["cat"]).spawn(Stdio::piped());
     assert_eq!(finish(child, b"in").stdout, "in<end>");
-    assert_eq!(world.order(Verb::Exec, "c", "", &["missing"]).run().status.code(), Some(127));
+    assert_eq!(
+        world.order(Verb::Exec, "c", "", &["missing"]).run().status.code(),
+        Some(127)
+    );
     assert_eq!(world.status("c"), Status::Running);
     world.delete("c", Force::Yes);
     world.assert_nothing_left();
@@ -150,7 +171,13 @@ fn a_detached_exec_has_a_stand_in_of_its_own() {
     let world = World::new();
     world.started("c", "");
     let before = world.processes().len();
-    assert!(world.order(Verb::ExecDetached, "c", "", &["sleep"]).run().status.success());
+    assert!(
+        world
+            .order(Verb::ExecDetached, "c", "", &["sleep"])
+            .run()
+            .status
+            .success()
+    );
     assert_eq!(world.processes().len(), before + 1);
     world.delete("c", Force::Yes);
     world.assert_nothing_left();
@@ -214,7 +241,10 @@ fn memory_events_and_the_end_are_seen_by_a_watcher() {
     world.runtime.start(&id).unwrap();
     assert_eq!(watch.next(SOON).unwrap(), Some(Event::OutOfMemory));
     world.runtime.kill(&id, 9, Reach::Init).unwrap();
-    assert_eq!(watch.next(SOON).unwrap(), Some(Event::Exited(ExitStatus::Signal(9))));
+    assert_eq!(
+        watch.next(SOON).unwrap(),
+        Some(Event::Exited(ExitStatus::Signal(9)))
+    );
     world.delete("c", Force::No);
     world.assert_nothing_left();
 }
@@ -270,7 +300,12 @@ fn ids_are_taken_once_and_free_after_deletion() {
     let world = World::new();
     for _ in 0..3 {
         world.started("c", "");
-        let outcome = finish(world.order(Verb::Create, "c", "", &["sleep"]).spawn(Stdio::null()), b"");
+        let outcome = finish(
+            world
+                .order(Verb::Create, "c", "", &["sleep"])
+                .spawn(Stdio::null()),
+            b"",
+        );
         assert!(outcome.stderr.contains("exists already"), "{outcome:?}");
         assert_eq!(world.status("c"), Status::Running);
         world.delete("c", Force::Yes);
@@ -285,7 +320,11 @@ fn a_guest_that_never_dials_in_is_reported_with_its_console() {
     let began = Instant::now();
     let outcome = order.run();
     assert!(began.elapsed() < PROMISED);
-    for part in ["cannot boot the guest", "boot deadline", "guest console: early message"] {
+    for part in [
+        "cannot boot the guest",
+        "boot deadline",
+        "guest console: early message",
+    ] {
         assert!(outcome.stderr.contains(part), "{outcome:?}");
     }
     world.assert_nothing_left();
@@ -294,8 +333,17 @@ fn a_guest_that_never_dials_in_is_reported_with_its_console() {
 fn machines_that_do_not_start_say_why() {
     let world = World::new();
     for (mode, parts) in [
-        ("refuse", ["cannot start the machine", "cannot open /dev/kvm: Permission denied"]),
-        ("panic", ["cannot boot the guest: it restarted", "guest console: last words"]),
+        (
+            "refuse",
+            [
+                "cannot start the machine",
+                "cannot open /dev/kvm: Permission denied",
+            ],
+        ),
+        (
+            "panic",
+            ["cannot boot the guest: it restarted", "guest console: last words"],
+        ),
         ("vanish", ["the vmm process ended with code 9", "early message"]),
         ("nonsense", ["none of ours", "early message"]),
     ] {
@@ -308,7 +356,10 @@ fn machines_that_do_not_start_say_why() {
     let mut order = world.order(Verb::Run, "c", "", &["sleep"]);
     order.sandbox.as_mut().unwrap().kernel = "/missing/kernel".into();
     let outcome = order.run();
-    assert!(outcome.stderr.contains("cannot open the kernel /missing/kernel"), "{outcome:?}");
+    assert!(
+        outcome.stderr.contains("cannot open the kernel /missing/kernel"),
+        "{outcome:?}"
+    );
     world.assert_nothing_left();
 }
 
@@ -317,7 +368,12 @@ fn an_agent_that_answers_nothing_is_given_up() {
     let mut order = world.order(Verb::Run, "c", "mute", &["sleep"]);
     order.sandbox.as_mut().unwrap().call_deadline = Duration::from_millis(300);
     let outcome = order.run();
-    assert!(outcome.stderr.contains("the guest did not create the container within 300 ms"), "{outcome:?}");
+    assert!(
+        outcome
+            .stderr
+            .contains("the guest did not create the container within 300 ms"),
+        "{outcome:?}"
+    );
     world.assert_nothing_left();
 }
 
@@ -325,7 +381,10 @@ fn an_agent_that_lies_ends_the_sandbox() {
     let world = World::new();
     let pid = world.created("c", "lie");
     let err = chain(&world.runtime.start(&world.id("c")).unwrap_err());
-    assert!(err.contains("cannot trust the guest: its agent answered what it was not asked"), "{err}");
+    assert!(
+        err.contains("cannot trust the guest: its agent answered what it was not asked"),
+        "{err}"
+    );
     assert_eq!(reap(pid, PROMISED).signal(), Some(9));
     let state = world.runtime.state(&world.id("c")).unwrap();
     assert_eq!(state.status, Status::Stopped);
@@ -350,7 +409,10 @@ fn when_the_vmm_process_is_killed_everything_ends() {
     assert_eq!(reap(pid, PROMISED).signal(), Some(9));
     within(PROMISED, "stopped", || world.status("c") == Status::Stopped);
     let failure = world.runtime.state(&world.id("c")).unwrap().failure.unwrap();
-    assert!(failure.contains("the vmm process was killed by signal 9"), "{failure}");
+    assert!(
+        failure.contains("the vmm process was killed by signal 9"),
+        "{failure}"
+    );
     within(PROMISED, "all ended", || world.processes().is_empty());
     world.delete("c", Force::No);
     world.assert_nothing_left();
@@ -398,7 +460,14 @@ fn a_supervisor_killed_at_any_moment_leaves_nothing_after_delete() {
         let order = world.order(Verb::Create, "c", "", &["sleep"]);
         let mut client = order.spawn(Stdio::null());
         std::thread::sleep(Duration::from_millis(moment * 2));
-        let supervisor = || world.runtime.root().join(order.id.as_str()).join("sandbox.json").exists();
+        let supervisor = || {
+            world
+                .runtime
+                .root()
+                .join(order.id.as_str())
+                .join("sandbox.json")
+                .exists()
+        };
         eventually("begun, or over", || supervisor() || client_is_over(client.id()));
         if supervisor() {
             kill(world.pid_of("c", "supervisor"), 9);
@@ -442,10 +511,20 @@ fn hooks_run_in_order_and_a_failing_one_undoes_everything() {
     let world = World::new();
     let log = world.directory.path().join("hooks");
     let hook = |name: &str, code: u8| -> Vec<Hook> {
-        let script = format!("grep -o '\"status\":\"[a-z]*\"' | sed s/^/{name}/ >> {}; exit {code}", log.display());
+        let script = format!(
+            "grep -o '\"status\":\"[a-z]*\"' | sed 's/^/{name}/' >> {}; exit {code}",
+            log.display()
+        );
         let args = ["sh", "-c", &script].map(str::to_owned).to_vec();
         let env = vec!["PATH=/usr/bin:/bin".to_owned()];
-        vec![HookBuilder::default().path("/bin/sh").args(args).env(env).build().unwrap()]
+        vec![
+            HookBuilder::default()
+                .path("/bin/sh")
+                .args(args)
+                .env(env)
+                .build()
+                .unwrap(),
+        ]
     };
     let mut order = world.order(Verb::Run, "c", "", &["exit", "0"]);
     let hooks = &mut order.container.as_mut().unwrap().hooks;
@@ -462,7 +541,12 @@ fn hooks_run_in_order_and_a_failing_one_undoes_everything() {
     std::fs::remove_file(&log).unwrap();
     order.container.as_mut().unwrap().hooks.create_runtime = hook("createRuntime ", 7);
     let outcome = order.run();
-    assert!(outcome.stderr.contains("the createRuntime hook /bin/sh failed with exit code 7"), "{outcome:?}");
+    assert!(
+        outcome
+            .stderr
+            .contains("the createRuntime hook /bin/sh failed with exit code 7"),
+        "{outcome:?}"
+    );
     assert!(std::fs::read_to_string(&log).unwrap().contains("poststop"));
     world.assert_nothing_left();
 }

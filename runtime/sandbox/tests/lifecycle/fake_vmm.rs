@@ -11,8 +11,8 @@ use std::sync::mpsc;
 use std::sync::{Arc, Mutex};
 
 use caisson_wire::agent::{
-    CONTROL_PORT, Call, ExitStatus, FROM_GUEST_LIMIT, Failure, FromAgent, ProcessInfo, Reply, Request, Stage, Stats,
-    Stdio, TO_GUEST_LIMIT, Target,
+    CONTROL_PORT, Call, ExitStatus, FROM_GUEST_LIMIT, Failure, FromAgent, ProcessInfo, Reply, Request, Stage,
+    Stats, Stdio, TO_GUEST_LIMIT, Target,
 };
 use caisson_wire::vmm::{Answer, End, Ended, FromVmm, LIMIT, Launch, Order, ToVmm, Usage};
 use caisson_wire::{Receiver, Sender, channel};
@@ -118,7 +118,11 @@ fn end(sender: &ToSupervisor, how: End) -> ! {
 fn dial(sender: &ToSupervisor, port: u32) -> UnixStream {
     let (host, guest) = UnixStream::pair().unwrap();
     let message = FromVmm::GuestConnected { port };
-    sender.lock().unwrap().send_with(&message, &[host.as_fd()]).unwrap();
+    sender
+        .lock()
+        .unwrap()
+        .send_with(&message, &[host.as_fd()])
+        .unwrap();
     guest
 }
 
@@ -153,7 +157,12 @@ impl Agent {
             }
             if self.mode == "lie" && matches!(call, Call::Start { .. }) {
                 let outcome = Ok(Reply::Done);
-                sender.send(&FromAgent::Answer { id: id + 1000, outcome }).unwrap();
+                sender
+                    .send(&FromAgent::Answer {
+                        id: id + 1000,
+                        outcome,
+                    })
+                    .unwrap();
                 continue;
             }
             if self.mode == "die" && matches!(call, Call::Start { .. }) {
@@ -194,7 +203,10 @@ impl Agent {
                 return Ok(reply);
             }
             Call::Start { container } => {
-                let target = Target { container, exec: None };
+                let target = Target {
+                    container,
+                    exec: None,
+                };
                 if self.mode == "oom" {
                     let container = target.container.clone();
                     sender.send(&FromAgent::OutOfMemory { container }).unwrap();
@@ -284,7 +296,12 @@ impl Agent {
 }
 
 /// What a process does.
-fn play(arguments: &[String], mut streams: Streams, signals: &mpsc::Receiver<i32>, share: &OwnedFd) -> ExitStatus {
+fn play(
+    arguments: &[String],
+    mut streams: Streams,
+    signals: &mpsc::Receiver<i32>,
+    share: &OwnedFd,
+) -> ExitStatus {
     let argument = arguments.get(1).map_or("", String::as_str);
     let mut print = |text: &[u8]| {
         if let Some(stdout) = &mut streams.stdout {
@@ -302,7 +319,12 @@ fn play(arguments: &[String], mut streams: Streams, signals: &mpsc::Receiver<i32
         }
         Some("show") => {
             // A file of the shared directory, as the file server would reach it.
-            let file = rustix::fs::openat(share, argument, rustix::fs::OFlags::RDONLY, rustix::fs::Mode::empty());
+            let file = rustix::fs::openat(
+                share,
+                argument,
+                rustix::fs::OFlags::RDONLY,
+                rustix::fs::Mode::empty(),
+            );
             match file {
                 Ok(file) => {
                     let mut text = Vec::new();

@@ -2,9 +2,20 @@
 //! this binary, started again, and so is a vmm process that only pretends.
 //!
 //! Needs root, as a supervisor does.
-#![expect(unsafe_code, reason = "a process takes over the descriptor it was started with")]
-#![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test fails by panicking")]
-#![expect(clippy::print_stdout, clippy::print_stderr, reason = "the test harness and the test client talk to people")]
+#![expect(
+    unsafe_code,
+    reason = "a process takes over the descriptor it was started with"
+)]
+#![expect(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    reason = "a test fails by panicking"
+)]
+#![expect(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "the test harness and the test client talk to people"
+)]
 
 mod bench;
 mod cases;

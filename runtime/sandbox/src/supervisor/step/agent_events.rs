@@ -1,5 +1,7 @@
 //! What the agent says, checked against what it was asked.
 
+use std::time::Duration;
+
 use caisson_wire::agent::{self, ExitStatus, Failure, FromAgent, Reply as AgentReply, Target};
 use caisson_wire::vmm::{Order, ToVmm};
 
@@ -13,6 +15,9 @@ const NOT_STARTED: ExitStatus = ExitStatus::Code(255);
 /// What engines expect for a program that is not there, and for one that is no program (POSIX shell, 2.8.2).
 const NOT_FOUND: ExitStatus = ExitStatus::Code(127);
 const NOT_EXECUTABLE: ExitStatus = ExitStatus::Code(126);
+
+/// How long the vmm process may take to say why the agent's stream has ended.
+const LAST_WORDS_LIMIT: Duration = Duration::from_millis(250);
 
 impl State {
     pub(super) fn agent(&mut self, message: FromAgent, out: &mut Vec<Effect>) {
@@ -268,7 +273,11 @@ impl State {
         match self.phase {
             // The machine ends next, or its deadline comes.
             Phase::Flushing | Phase::Stopping => {}
-            _ => self.fail("talk to the guest", why.to_owned(), out),
+            // When the machine ends, this is seen first, and says the least.
+            _ => {
+                self.agent_lost.get_or_insert_with(|| why.to_owned());
+                out.push(Effect::Arm(Timer::LastWords, LAST_WORDS_LIMIT));
+            }
         }
     }
 
