@@ -128,7 +128,8 @@ pub(crate) struct ExecRequest {
     pub(crate) exec: String,
     pub(crate) process: Process,
     pub(crate) wanted: Wanted,
-    pub(crate) stand_in: ProcessId,
+    /// The process that was started to stand in; `None` if the caller does it itself, which is not ours to kill.
+    pub(crate) stand_in: Option<ProcessId>,
 }
 
 /// What the supervisor answers.

@@ -55,6 +55,7 @@ pub(crate) fn start(order: Start<'_>) -> io::Result<Child> {
     let mut command = Command::new(order.program);
     command
         .arg0("caisson")
+        .current_dir("/") // so as not to keep the caller's file system busy
         .args(order.arguments)
         .arg(socket.to_string())
         .stdin(order.stdin)

@@ -14,7 +14,7 @@ use tokio::sync::mpsc;
 use tokio::task::{JoinHandle, spawn_local};
 use tokio::time::{Instant, sleep_until};
 
-use super::console::{self, ConsoleLog};
+use super::console::{self, BoundedLog};
 use super::link::{Inbox, Link, Outbox};
 use super::machine::{self, Launched, Vmm};
 use super::share::Share;
@@ -22,7 +22,7 @@ use super::state::{ContainerFiles, Effect, Event, Phase, State, StreamUse, Timer
 use super::step::step;
 use super::{Failure, chain};
 use crate::cgroup::Placed;
-use crate::disk::{ContainerRecord, Directory, SHARE, SandboxRecord};
+use crate::disk::{CONSOLE, ContainerRecord, Directory, SHARE, SandboxRecord, VMM_LOG};
 use crate::id::ContainerId;
 use crate::plan::{NetworkNamespace, SandboxPlan};
 use crate::process::ProcessId;
@@ -34,8 +34,8 @@ const MOST_EVENTS: usize = 64;
 const MOST_CLIENTS: usize = 256;
 /// How long the last answers may take to leave.
 const FAREWELL: Duration = Duration::from_millis(500);
-/// How long the first request may take to come.
-const FIRST_REQUEST: Duration = Duration::from_secs(330);
+/// How long the first request may take to come: hooks run before it, each with a limit of its own.
+const FIRST_REQUEST: Duration = Duration::from_secs(3600);
 /// Bytes mixed into the guest's entropy pool: what `getrandom` gives without interruption (getrandom(2)).
 const ENTROPY: usize = 256;
 
@@ -85,6 +85,7 @@ pub(crate) async fn run(root: PathBuf, id: ContainerId, creator: OwnedFd) -> Res
         cgroup: None,
         machine: None,
         failure: None,
+        call_deadline: Duration::ZERO,
     };
     directory.write_sandbox(&record)?;
     let mut drive = Drive {
@@ -210,7 +211,7 @@ impl Drive {
             Effect::Persist => self.persist(state),
             Effect::Answer(token, answer) => self.answer(token, &answer),
             Effect::Adopt(_, target) => self.adopt(state, target),
-            Effect::ToStandIn(target, message) => self.to_stand_in(&target, &message, Vec::new()),
+            Effect::ToStandIn(target, message) => self.tell_stand_in(&target, &message, Vec::new()),
             Effect::Release(target) => drop(self.stand_ins.remove(&target)),
             Effect::Launch(plan) => return Some(Event::Launched(self.launch(state, &plan))),
             Effect::Prepare(container) => {
@@ -233,7 +234,7 @@ impl Drive {
                     ));
                 }
             }
-            Effect::ToAgent(request) => return self.to_agent(request),
+            Effect::ToAgent(request) => return self.tell_agent(request),
             Effect::Stream(use_of) => self.use_stream(use_of),
             Effect::Arm(timer, after) => drop(self.timers.insert(timer, Instant::now() + after)),
             Effect::Disarm(timer) => drop(self.timers.remove(&timer)),
@@ -265,6 +266,7 @@ impl Drive {
         self.record.vmm = self.vmm.as_ref().map(|vmm| vmm.id);
         self.record.stand_ins = state.stand_ins();
         self.record.machine.clone_from(&state.machine);
+        self.record.call_deadline = state.call_deadline;
         self.record.failure = state.failure.as_ref().map(ToString::to_string);
         if let Err(err) = self.directory.write_sandbox(&self.record) {
             tracing::error!(error = chain(&err), "could not write the sandbox's state");
@@ -288,15 +290,15 @@ impl Drive {
             let record = ContainerRecord {
                 status: container.status,
                 creator: before.creator.filter(|_| creating),
-                stand_in: Some(container.init.stand_in),
+                stand_in: container.init.stand_in,
                 exit: container.exit,
                 failure: container.failure.clone(),
                 ..before.clone()
             };
-            if record != before {
-                if let Err(err) = directory.write_container(&record) {
-                    tracing::error!(error = chain(&err), "could not write a container's state");
-                }
+            if record != before
+                && let Err(err) = directory.write_container(&record)
+            {
+                tracing::error!(error = chain(&err), "could not write a container's state");
             }
             self.written.insert(id.into(), record);
         }
@@ -311,8 +313,8 @@ impl Drive {
         };
         if let (Some(cgroup), Some(container)) = (&self.cgroup, state.containers.get(&target.container)) {
             let process = match &target.exec {
-                None => Some(container.init.stand_in),
-                Some(exec) => container.execs.get(exec).map(|process| process.stand_in),
+                None => container.init.stand_in,
+                Some(exec) => container.execs.get(exec).and_then(|process| process.stand_in),
             };
             let outcome = process.map_or(Ok(()), |process| cgroup.add(process.pid));
             if let Err(err) = outcome {
@@ -333,14 +335,14 @@ impl Drive {
         }
     }
 
-    fn to_stand_in(&self, target: &Target, message: &ToStandIn, descriptors: Vec<OwnedFd>) {
+    fn tell_stand_in(&self, target: &Target, message: &ToStandIn, descriptors: Vec<OwnedFd>) {
         let stand_in = self.stand_ins.get(target);
         if stand_in.is_some_and(|outbox| outbox.send_with(message, descriptors).is_err()) {
             tracing::debug!("a stand-in takes no messages any more");
         }
     }
 
-    fn to_agent(&mut self, mut request: agent::Request) -> Option<Event> {
+    fn tell_agent(&self, mut request: agent::Request) -> Option<Event> {
         if let agent::Call::Setup(setup) = &mut request.call {
             let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
             setup.version = caisson_wire::VERSION;
@@ -370,7 +372,7 @@ impl Drive {
         match use_of {
             StreamUse::Drop => drop(socket),
             StreamUse::StandIn(target, stream) => {
-                self.to_stand_in(&target, &ToStandIn::Stream(stream), vec![socket]);
+                self.tell_stand_in(&target, &ToStandIn::Stream(stream), vec![socket]);
             }
             StreamUse::Agent => match Link::new(socket) {
                 Ok(link) => {
@@ -416,7 +418,10 @@ impl Drive {
         // The stand-in lives in the container's network namespace, even in one that has no name.
         let netns = first.and_then(|container| match container.plan.netns {
             NetworkNamespace::Caller => plan.netns.clone(),
-            _ => Some(format!("/proc/{}/ns/net", container.init.stand_in.pid).into()),
+            _ => {
+                let stand_in = container.init.stand_in?;
+                Some(format!("/proc/{}/ns/net", stand_in.pid).into())
+            }
         });
         let Launched {
             vmm,
@@ -425,7 +430,8 @@ impl Drive {
             descriptors,
             console,
             network,
-        } = machine::launch(plan, share, netns.as_deref(), rustix::stdio::stderr())?;
+            said,
+        } = machine::launch(plan, share, netns.as_deref())?;
         let vmm = self.vmm.insert(vmm);
         let start = || -> io::Result<(Outbox, Inbox)> {
             let pidfd = vmm.pidfd()?;
@@ -439,15 +445,10 @@ impl Drive {
         let (outbox, inbox) = start().map_err(|err| failure("launch the machine", &err))?;
         self.to_vmm = Some(outbox);
         spawn_local(follow_vmm(inbox, self.events.clone()));
-        let events = self.events.clone();
-        spawn_local(console::follow(
-            console,
-            ConsoleLog::new(&self.directory),
-            async move |bytes| {
-                // Whoever is gone needs no console.
-                let _ = events.send(Occurrence::plain(Event::Console(bytes))).await;
-            },
-        ));
+        let log = BoundedLog::new(&self.directory, CONSOLE);
+        spawn_local(console::follow(console, log, self.events_of(Event::Console)));
+        let log = BoundedLog::new(&self.directory, VMM_LOG);
+        spawn_local(console::follow(said, log, self.events_of(Event::VmmSaid)));
         Ok(network)
     }
 
@@ -509,6 +510,15 @@ impl Drive {
         self.clients.insert(client, outbox);
         spawn_local(follow_client(inbox, client, self.events.clone()));
         Ok(())
+    }
+
+    /// Makes events of what comes from a pipe.
+    fn events_of(&self, event: fn(Vec<u8>) -> Event) -> impl AsyncFnMut(Vec<u8>) + use<> {
+        let events = self.events.clone();
+        async move |bytes| {
+            // Whoever is gone needs no event.
+            let _ = events.send(Occurrence::plain(event(bytes))).await;
+        }
     }
 
     /// An event that arises here, behind those that wait.

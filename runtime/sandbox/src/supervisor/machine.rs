@@ -9,7 +9,7 @@ use rustix::fs::{Mode, OFlags};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use rustix::process::{Signal, WaitId, WaitIdOptions, pidfd_send_signal, waitid};
 
-use super::console;
+use super::console::{self, Blocking};
 use super::network::{self, Attached};
 use super::share::Share;
 use super::state::Network;
@@ -38,6 +38,8 @@ pub(crate) struct Launched {
     pub(crate) console: OwnedFd,
     /// What the network gives the guest.
     pub(crate) network: Network,
+    /// What the vmm process writes to its standard error.
+    pub(crate) said: OwnedFd,
 }
 
 impl Vmm {
@@ -77,7 +79,6 @@ pub(crate) fn launch(
     plan: &SandboxPlan,
     share: &Share,
     netns: Option<&Path>,
-    log: BorrowedFd<'_>,
 ) -> Result<Launched, MachineFailure> {
     let mut descriptors = Vec::new();
     let mut give = |descriptor: OwnedFd| {
@@ -91,7 +92,11 @@ pub(crate) fn launch(
             .directory()
             .map_err(|err| failure("open the shared directory", &err))?,
     );
-    let (theirs, console) = console::pipe().map_err(|err| failure("make the console's pipe", &err))?;
+    // The machine drops what the console does not take; whoever writes errors waits until they are read.
+    let (theirs, console) =
+        console::pipe(Blocking::No).map_err(|err| failure("make the console's pipe", &err))?;
+    let (log, said) =
+        console::pipe(Blocking::Yes).map_err(|err| failure("make the vmm process's log", &err))?;
     let console_fd = give(theirs);
     let Attached { taps, network } =
         network::attach(netns).map_err(|err| failure("attach the network", &err))?;
@@ -121,7 +126,7 @@ pub(crate) fn launch(
         },
         emulator: emulator(&plan.machine),
     };
-    let (socket, vmm) = spawn(&plan.id, log).map_err(|err| failure("start the vmm process", &err))?;
+    let (socket, vmm) = spawn(&plan.id, log.as_fd()).map_err(|err| failure("start the vmm process", &err))?;
     Ok(Launched {
         vmm,
         socket,
@@ -129,6 +134,7 @@ pub(crate) fn launch(
         descriptors,
         console,
         network,
+        said,
     })
 }
 

@@ -39,11 +39,13 @@ pub(crate) struct State {
     pub(super) ports: BTreeMap<u32, (Target, Stream)>,
     pub(super) last_id: u64,
     pub(super) last_port: u32,
-    pub(super) call_deadline: Duration,
+    pub(crate) call_deadline: Duration,
     /// Why the agent's stream has ended, until it is known whether the machine has.
     pub(super) agent_lost: Option<String>,
     /// The last bytes the guest printed.
     pub(super) console: VecDeque<u8>,
+    /// The last bytes the vmm process wrote to its standard error.
+    pub(super) said: VecDeque<u8>,
 }
 
 /// Where a sandbox is in its life.
@@ -89,7 +91,8 @@ pub(crate) struct Container {
 /// A process in the guest, and its stand-in.
 #[derive(Debug)]
 pub(crate) struct Process {
-    pub(crate) stand_in: ProcessId,
+    /// `None` if whoever asked stands in itself.
+    pub(crate) stand_in: Option<ProcessId>,
     /// Whether the stand-in's socket is open.
     pub(super) attached: bool,
     pub(super) exit: Option<ExitStatus>,
@@ -139,7 +142,10 @@ pub(crate) enum Event {
     AgentGone(String),
     StandIn(Target, FromStandIn),
     StandInGone(Target),
+    /// The guest printed.
     Console(Vec<u8>),
+    /// The vmm process wrote to its standard error.
+    VmmSaid(Vec<u8>),
     Deadline(Timer),
     /// The supervisor itself was asked to end.
     Terminated,
@@ -241,7 +247,7 @@ impl State {
             .containers
             .values()
             .flat_map(|container| std::iter::once(&container.init).chain(container.execs.values()));
-        all.map(|process| process.stand_in).collect()
+        all.filter_map(|process| process.stand_in).collect()
     }
 
     pub(super) fn process(&mut self, target: &Target) -> Option<&mut Process> {

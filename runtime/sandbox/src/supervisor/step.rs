@@ -8,6 +8,7 @@ mod agent_events;
 mod end;
 mod requests;
 
+use std::collections::VecDeque;
 use std::time::Duration;
 
 use caisson_wire::agent::{self, Request as ToAgent, Target};
@@ -16,6 +17,8 @@ use caisson_wire::vmm::{Answer as VmmAnswer, CONSOLE_TAIL, End, FromVmm};
 use super::state::{Call, Effect, Event, Phase, State, StreamUse, Timer, What};
 use crate::proto::{Answer, FromStandIn, Measured, Reply, Status, Stream, ToStandIn};
 
+/// Most bytes of the vmm process's standard error that a report carries.
+const SAID_TAIL: usize = 2048;
 /// How long the last streams of an ended process may take to be opened.
 const STREAMS_LIMIT: Duration = Duration::from_secs(1);
 /// How long the vmm process may take to measure itself.
@@ -46,7 +49,8 @@ pub(crate) fn step(mut state: State, event: Event) -> (State, Vec<Effect>) {
         Event::AgentGone(why) => state.agent_gone(&why, &mut out),
         Event::StandIn(target, message) => state.stand_in(target, &message, &mut out),
         Event::StandInGone(target) => state.stand_in_gone(&target, &mut out),
-        Event::Console(bytes) => state.printed(&bytes),
+        Event::Console(bytes) => keep_tail(&mut state.console, &bytes, CONSOLE_TAIL),
+        Event::VmmSaid(bytes) => keep_tail(&mut state.said, &bytes, SAID_TAIL),
         Event::Deadline(timer) => state.deadline(timer, &mut out),
         Event::Terminated => state.terminated(&mut out),
     }
@@ -78,15 +82,9 @@ impl State {
         out.push(Effect::Arm(Timer::Call(id), self.call_deadline));
     }
 
-    fn printed(&mut self, bytes: &[u8]) {
-        let keep = bytes.len().min(CONSOLE_TAIL);
-        let excess = (self.console.len() + keep).saturating_sub(CONSOLE_TAIL);
-        self.console.drain(..excess);
-        self.console.extend(bytes.iter().skip(bytes.len() - keep));
-    }
-
     fn vmm(&mut self, message: FromVmm, out: &mut Vec<Effect>) {
         match message {
+            FromVmm::Started { .. } if self.machine.is_some() => {}
             FromVmm::Started { machine, built_us } => {
                 tracing::info!(machine, built_us, "the machine was built");
                 // The name is shown to people: what is not a short word is not taken.
@@ -299,6 +297,13 @@ impl State {
 enum Patient {
     Yes,
     No,
+}
+
+fn keep_tail(tail: &mut VecDeque<u8>, bytes: &[u8], most: usize) {
+    let keep = bytes.len().min(most);
+    let excess = (tail.len() + keep).saturating_sub(most);
+    tail.drain(..excess);
+    tail.extend(bytes.iter().skip(bytes.len() - keep));
 }
 
 fn answer(token: Option<super::state::Token>, answer: Answer, out: &mut Vec<Effect>) {

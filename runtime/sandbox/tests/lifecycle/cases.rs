@@ -344,7 +344,10 @@ fn machines_that_do_not_start_say_why() {
             "panic",
             ["cannot boot the guest: it restarted", "guest console: last words"],
         ),
-        ("vanish", ["the vmm process ended with code 9", "early message"]),
+        (
+            "vanish",
+            ["the vmm process ended with code 9: out of luck", "early message"],
+        ),
         ("nonsense", ["none of ours", "early message"]),
     ] {
         let outcome = world.order(Verb::Run, "c", mode, &["sleep"]).run();

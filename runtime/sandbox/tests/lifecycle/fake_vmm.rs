@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex};
 
 use caisson_wire::agent::{
     CONTROL_PORT, Call, ExitStatus, FROM_GUEST_LIMIT, Failure, FromAgent, ProcessInfo, Reply, Request, Stage,
-    Stats, Stdio, TO_GUEST_LIMIT, Target,
+    Stdio, TO_GUEST_LIMIT, Target,
 };
 use caisson_wire::vmm::{Answer, End, Ended, FromVmm, LIMIT, Launch, Order, ToVmm, Usage};
 use caisson_wire::{Receiver, Sender, channel};
@@ -52,7 +52,10 @@ fn boot(launch: &Launch, descriptors: &[OwnedFd], sender: &ToSupervisor) {
             rustix::io::write(console, b"Kernel panic - not syncing\n").unwrap();
             end(sender, End::Reset);
         }
-        "vanish" => std::process::exit(9),
+        "vanish" => {
+            eprintln!("out of luck");
+            std::process::exit(9);
+        }
         "nonsense" => {
             let stdout = sender.lock().unwrap();
             stdout.send(&"this is no message").unwrap();
@@ -242,7 +245,7 @@ impl Agent {
                     command: "sleep".to_owned(),
                 }]));
             }
-            Call::Stats { .. } => return Ok(Reply::Stats(Box::new(Stats::default()))),
+            Call::Stats { .. } => return Ok(Reply::Stats(Box::default())),
             _ => {}
         }
         Ok(Reply::Done)

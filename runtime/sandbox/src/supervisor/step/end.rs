@@ -96,7 +96,14 @@ impl State {
     pub(super) fn vmm_gone(&mut self, why: &str, out: &mut Vec<Effect>) {
         match self.phase {
             Phase::Flushing | Phase::Stopping => self.finish(out),
-            _ => self.fail_machine(why.to_owned(), out),
+            _ => {
+                let said: Vec<u8> = self.said.iter().copied().collect();
+                let cause = match String::from_utf8_lossy(&said).trim() {
+                    "" => why.to_owned(),
+                    said => format!("{why}: {said}"),
+                };
+                self.fail_machine(cause, out);
+            }
         }
     }
 

@@ -114,7 +114,7 @@ impl State {
                 watchers: Vec::new(),
                 deleting: None,
                 init: Process {
-                    stand_in: request.stand_in,
+                    stand_in: Some(request.stand_in),
                     attached: true,
                     exit: None,
                 },
