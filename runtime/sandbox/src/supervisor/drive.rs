@@ -432,10 +432,16 @@ impl Drive {
             network,
             said,
         } = machine::launch(plan, share, netns.as_deref())?;
-        let vmm = self.vmm.insert(vmm);
+        let log = BoundedLog::new(&self.directory, CONSOLE);
+        let printed = spawn_local(console::follow(console, log, self.events_of(Event::Console)));
+        let log = BoundedLog::new(&self.directory, VMM_LOG);
+        let said = spawn_local(console::follow(said, log, self.events_of(Event::VmmSaid)));
+        let pidfd = vmm
+            .pidfd()
+            .map_err(|err| failure("watch the vmm process", &err))?;
+        self.vmm = Some(vmm);
         let start = || -> io::Result<(Outbox, Inbox)> {
-            let pidfd = vmm.pidfd()?;
-            spawn_local(follow_end(pidfd, self.events.clone()));
+            spawn_local(follow_end(pidfd, [printed, said], self.events.clone()));
             let (outbox, inbox, _) = Link::new(socket)?.split((vmm::LIMIT, vmm::LIMIT), MOST_VMM_DESCRIPTORS);
             outbox
                 .send_with(&message, descriptors)
@@ -445,10 +451,6 @@ impl Drive {
         let (outbox, inbox) = start().map_err(|err| failure("launch the machine", &err))?;
         self.to_vmm = Some(outbox);
         spawn_local(follow_vmm(inbox, self.events.clone()));
-        let log = BoundedLog::new(&self.directory, CONSOLE);
-        spawn_local(console::follow(console, log, self.events_of(Event::Console)));
-        let log = BoundedLog::new(&self.directory, VMM_LOG);
-        spawn_local(console::follow(said, log, self.events_of(Event::VmmSaid)));
         Ok(network)
     }
 
@@ -634,11 +636,12 @@ async fn follow_vmm(mut inbox: Inbox, events: mpsc::Sender<Occurrence>) {
             Err(err) => break format!("the vmm process sent no message of ours: {}", chain(&err)),
         }
     };
+    tokio::time::sleep(LAST_WORDS).await;
     let _ = events.send(Occurrence::plain(Event::VmmGone(why))).await;
 }
 
 /// Reports the end of the vmm process, after what it may have said last.
-async fn follow_end(pidfd: OwnedFd, events: mpsc::Sender<Occurrence>) {
+async fn follow_end(pidfd: OwnedFd, outputs: [JoinHandle<()>; 2], events: mpsc::Sender<Occurrence>) {
     let ended = async {
         let pidfd = crate::sys::watch(pidfd, tokio::io::Interest::READABLE)?;
         let _ended = pidfd.readable().await?;
@@ -648,9 +651,20 @@ async fn follow_end(pidfd: OwnedFd, events: mpsc::Sender<Occurrence>) {
         Ok(how) => how,
         Err(err) => format!("the vmm process cannot be watched: {err}"),
     };
+    let read = async {
+        for output in outputs {
+            let _ = output.await; // a reader does not panic, and nobody cancels it
+        }
+    };
+    // Its last message and its output end with it; only a descriptor that it gave away could keep one open.
+    if tokio::time::timeout(LAST_OUTPUT, read).await.is_err() {
+        tracing::debug!("the vmm process's output did not end with it");
+    }
     tokio::time::sleep(LAST_WORDS).await;
     let _ = events.send(Occurrence::plain(Event::VmmGone(why))).await;
 }
 
-/// How long the last message of a vmm process that has ended may take to be read.
+/// How long the output of a vmm process that has ended may take to be read.
+const LAST_OUTPUT: Duration = Duration::from_millis(250);
+/// How long what it wrote last may take to be read.
 const LAST_WORDS: Duration = Duration::from_millis(50);
