@@ -211,13 +211,17 @@ impl World {
 
     /// A process of a sandbox, from its record: "supervisor", "vmm".
     pub(crate) fn pid_of(&self, name: &str, role: &str) -> i32 {
+        self.try_pid_of(name, role).unwrap()
+    }
+
+    pub(crate) fn try_pid_of(&self, name: &str, role: &str) -> Option<i32> {
         let path = self
             .runtime
             .root()
             .join(self.id(name).as_str())
             .join("sandbox.json");
-        let record: serde_json::Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
-        record[role]["pid"].as_i64().unwrap().try_into().unwrap()
+        let record: serde_json::Value = serde_json::from_slice(&std::fs::read(path).ok()?).unwrap();
+        record[role]["pid"].as_i64()?.try_into().ok()
     }
 
     pub(crate) fn delete(&self, name: &str, force: Force) {
@@ -386,9 +390,13 @@ pub(crate) fn within(limit: Duration, what: &str, holds: impl Fn() -> bool) {
     }
 }
 
+/// Sends a signal; a process that has just ended by itself is as good.
 pub(crate) fn kill(pid: i32, signal: i32) {
     let signal = rustix::process::Signal::from_named_raw(signal).unwrap();
-    rustix::process::kill_process(rustix::process::Pid::from_raw(pid).unwrap(), signal).unwrap();
+    match rustix::process::kill_process(rustix::process::Pid::from_raw(pid).unwrap(), signal) {
+        Ok(()) | Err(rustix::io::Errno::SRCH) => {}
+        Err(err) => panic!("cannot signal {pid}: {err}"),
+    }
 }
 
 pub(crate) fn is_alive(pid: i32) -> bool {

@@ -1,3 +1,4 @@
+// LONG: the list of cases, each a story of its own.
 //! The cases.
 
 use std::io::{Read as _, Write as _};
@@ -46,13 +47,20 @@ cases![
     when_the_supervisor_is_killed_everything_ends,
     when_the_stand_in_is_killed_its_container_ends,
     when_the_client_is_killed_in_create_everything_ends,
-    a_supervisor_killed_at_any_moment_leaves_nothing_after_delete,
+    any_process_killed_at_any_moment_of_create_leaves_nothing_after_delete,
     a_machine_that_ignores_everything_is_deleted_within_the_promise,
     deleting_is_idempotent_with_force,
     hooks_run_in_order_and_a_failing_one_undoes_everything,
     a_new_network_namespace_is_found_through_the_pid,
     every_process_is_in_the_cgroup_and_the_cgroup_goes,
     a_terminal_is_sent_to_the_console_socket,
+    a_new_size_of_the_terminal_reaches_the_guest,
+    the_callers_terminal_is_raw_meanwhile_and_restored,
+    signals_to_a_client_in_the_foreground_reach_the_process,
+    a_client_that_is_interrupted_in_create_takes_everything_back,
+    output_is_written_whole_to_a_slow_reader,
+    waiting_ends_with_the_process,
+    whatever_is_killed_while_it_runs_nothing_is_left_after_delete,
 ];
 
 fn run_writes_the_output_and_leaves_with_the_code() {
@@ -457,28 +465,34 @@ fn when_the_client_is_killed_in_create_everything_ends() {
     world.assert_nothing_left();
 }
 
-fn a_supervisor_killed_at_any_moment_leaves_nothing_after_delete() {
+fn any_process_killed_at_any_moment_of_create_leaves_nothing_after_delete() {
     let world = World::new();
-    for moment in 0..24 {
+    for (moment, role) in
+        (0..10).flat_map(|moment| ["supervisor", "vmm", "client"].map(|role| (moment, role)))
+    {
         let order = world.order(Verb::Create, "c", "", &["sleep"]);
         let mut client = order.spawn(Stdio::null());
-        std::thread::sleep(Duration::from_millis(moment * 2));
-        let supervisor = || {
-            world
-                .runtime
-                .root()
-                .join(order.id.as_str())
-                .join("sandbox.json")
-                .exists()
-        };
-        eventually("begun, or over", || supervisor() || client_is_over(client.id()));
-        if supervisor() {
-            kill(world.pid_of("c", "supervisor"), 9);
+        let record = world.runtime.root().join(order.id.as_str()).join("sandbox.json");
+        eventually("begun, or over", || {
+            record.exists() || client_is_over(client.id())
+        });
+        std::thread::sleep(Duration::from_millis(moment * 3));
+        match role {
+            "client" => client.kill().unwrap(),
+            role => {
+                if let Some(pid) = world.try_pid_of("c", role) {
+                    kill(pid, 9);
+                }
+            }
         }
         client.wait().unwrap();
         let began = Instant::now();
         world.delete("c", Force::Yes);
-        assert!(began.elapsed() < PROMISED);
+        assert!(
+            began.elapsed() < PROMISED,
+            "{role} after {moment}: {:?}",
+            began.elapsed()
+        );
         world.assert_nothing_left();
     }
 }
@@ -616,6 +630,170 @@ fn a_terminal_is_sent_to_the_console_socket() {
     reap(pid, SOON);
     world.delete("c", Force::Yes);
     world.assert_nothing_left();
+}
+
+fn a_new_size_of_the_terminal_reaches_the_guest() {
+    let world = World::new();
+    let path = world.directory.path().join("console.sock");
+    let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    let mut order = world.order(Verb::Create, "c", "resize", &["sleep"]);
+    order.container.as_mut().unwrap().terminal = true;
+    order.console = Some(path);
+    assert!(order.run().status.success(), "{}", world.log("c"));
+    let master = receive_descriptor(&listener.accept().unwrap().0);
+    world.runtime.start(&order.id).unwrap();
+    let pid = world.runtime.state(&order.id).unwrap().pid;
+    // The machine that pretends gives its process the number of lines as a signal.
+    set_lines(&master, 12);
+    assert_eq!(reap(pid, SOON).signal(), Some(12));
+    world.delete("c", Force::No);
+    world.assert_nothing_left();
+}
+
+fn the_callers_terminal_is_raw_meanwhile_and_restored() {
+    use rustix::termios::{LocalModes, tcgetattr};
+    let world = World::new();
+    world.started("c", "");
+    for verb in [Verb::Run, Verb::Exec] {
+        let (master, slave) = terminal();
+        let is_raw = || !tcgetattr(&slave).unwrap().local_modes.contains(LocalModes::ECHO);
+        let mut order = world.order(verb, "c", "", &["sleep"]);
+        order.process.iter_mut().for_each(|process| {
+            process.set_terminal(Some(true));
+        });
+        if let Some(container) = &mut order.container {
+            order.id = world.id("other");
+            container.id = order.id.to_string();
+            container.terminal = true;
+            order.sandbox.as_mut().unwrap().id = order.id.to_string();
+        }
+        let mut client = std::process::Command::new("/proc/self/exe")
+            .args(["client", &serde_json::to_string(&order).unwrap()])
+            .stdin(slave.try_clone().unwrap())
+            .stdout(slave.try_clone().unwrap())
+            .stderr(slave.try_clone().unwrap())
+            .spawn()
+            .unwrap();
+        assert!(!is_raw());
+        let mut greeting = [0; 6];
+        std::fs::File::from(master.try_clone().unwrap())
+            .read_exact(&mut greeting)
+            .unwrap();
+        assert_eq!(&greeting, b"ready\n", "no carriage return is added on the host");
+        eventually("raw", is_raw);
+        if verb == Verb::Run {
+            answered(client.id());
+        }
+        kill(client.id().try_into().unwrap(), 15);
+        assert_eq!(client.wait().unwrap().code(), Some(128 + 15));
+        assert!(!is_raw());
+    }
+    world.delete("c", Force::Yes);
+    world.assert_nothing_left();
+}
+
+fn signals_to_a_client_in_the_foreground_reach_the_process() {
+    let world = World::new();
+    let mut client = world.order(Verb::Run, "c", "", &["sleep"]).spawn(Stdio::null());
+    client.stdout.as_mut().unwrap().read_exact(&mut [0; 6]).unwrap();
+    answered(client.id());
+    kill(client.id().try_into().unwrap(), 2);
+    assert_eq!(client.wait().unwrap().code(), Some(128 + 2));
+    world.assert_nothing_left();
+}
+
+fn a_client_that_is_interrupted_in_create_takes_everything_back() {
+    let world = World::new();
+    let mut order = world.order(Verb::Create, "c", "silent", &["sleep"]);
+    order.sandbox.as_mut().unwrap().boot_deadline = SOON;
+    let client = order.spawn(Stdio::null());
+    eventually("booting", || world.processes().len() >= 4);
+    kill(client.id().try_into().unwrap(), 2);
+    let outcome = finish(client, b"");
+    assert!(outcome.stderr.ends_with("interrupted by signal 2"), "{outcome:?}");
+    world.assert_nothing_left();
+}
+
+fn output_is_written_whole_to_a_slow_reader() {
+    let world = World::new();
+    let many = 200_000; // more than a pipe holds, and no more than a socket
+    let mut client = world
+        .order(Verb::Run, "c", "", &["flood", &many.to_string()])
+        .spawn(Stdio::null());
+    // The process has ended long before anybody reads.
+    eventually("stopped", || {
+        world
+            .runtime
+            .state(&world.id("c"))
+            .is_ok_and(|state| state.exit.is_some())
+    });
+    let mut output = Vec::new();
+    client.stdout.take().unwrap().read_to_end(&mut output).unwrap();
+    assert_eq!(output.len(), many);
+    assert!(client.wait().unwrap().success());
+    world.assert_nothing_left();
+}
+
+fn waiting_ends_with_the_process() {
+    let world = World::new();
+    world.started("c", "");
+    let (runtime, id) = (world.runtime.clone(), world.id("c"));
+    let waiting = std::thread::spawn(move || runtime.wait(&id).unwrap());
+    world.runtime.kill(&world.id("c"), 15, Reach::All).unwrap();
+    assert_eq!(waiting.join().unwrap(), ExitStatus::Signal(15));
+    world.delete("c", Force::No);
+    world.assert_nothing_left();
+}
+
+fn whatever_is_killed_while_it_runs_nothing_is_left_after_delete() {
+    let world = World::new();
+    for role in ["supervisor", "vmm", "stand-in"] {
+        let stand_in = world.started("c", "");
+        assert!(
+            world
+                .order(Verb::ExecDetached, "c", "", &["sleep"])
+                .run()
+                .status
+                .success()
+        );
+        kill(world.try_pid_of("c", role).unwrap_or(stand_in), 9);
+        let began = Instant::now();
+        world.delete("c", Force::Yes);
+        assert!(began.elapsed() < PROMISED, "{role}: {:?}", began.elapsed());
+        world.assert_nothing_left();
+    }
+}
+
+/// Waits until a client has its answer: it holds no socket any more, and signals go to the process.
+fn answered(client: u32) {
+    let is_socket = |entry: std::fs::DirEntry| {
+        std::fs::read_link(entry.path()).is_ok_and(|link| link.to_string_lossy().starts_with("socket:"))
+    };
+    eventually("answered", || {
+        let descriptors = std::fs::read_dir(format!("/proc/{client}/fd")).unwrap();
+        !descriptors.flatten().any(is_socket)
+    });
+}
+
+fn terminal() -> (std::os::fd::OwnedFd, std::os::fd::OwnedFd) {
+    use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+    let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).unwrap();
+    grantpt(&master).unwrap();
+    unlockpt(&master).unwrap();
+    let name = ptsname(&master, Vec::new()).unwrap();
+    let flags = rustix::fs::OFlags::RDWR | rustix::fs::OFlags::NOCTTY | rustix::fs::OFlags::CLOEXEC;
+    let slave = rustix::fs::open(&name, flags, rustix::fs::Mode::empty()).unwrap();
+    (master, slave)
+}
+
+fn set_lines(terminal: &std::os::fd::OwnedFd, lines: u16) {
+    let size = rustix::termios::Winsize {
+        ws_row: lines,
+        ws_col: 80,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
+    rustix::termios::tcsetwinsize(terminal, size).unwrap();
 }
 
 fn receive_descriptor(stream: &std::os::unix::net::UnixStream) -> std::os::fd::OwnedFd {

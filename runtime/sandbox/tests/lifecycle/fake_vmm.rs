@@ -233,6 +233,10 @@ impl Agent {
                     sender.send(&FromAgent::Exited { target, status }).unwrap();
                 }
             }
+            Call::Resize { target, size } if self.mode == "resize" && size.rows > 0 => {
+                // One that has ended takes none.
+                let _ = self.processes[&target].signals.0.send(size.rows.into());
+            }
             Call::Processes { .. } => {
                 return Ok(Reply::Processes(vec![ProcessInfo {
                     pid: 17,
@@ -350,6 +354,10 @@ fn play(
                 print(&bytes[..got]);
             }
             print(b"<end>");
+            ExitStatus::Code(0)
+        }
+        Some("flood") => {
+            print(&vec![b'x'; argument.parse().unwrap()]);
             ExitStatus::Code(0)
         }
         Some("exit") => ExitStatus::Code(argument.parse().unwrap()),

@@ -139,7 +139,7 @@ impl State {
         self.phase = Phase::Ended;
         let refusal = self.failure.clone().map_or(Refusal::Ending, Refusal::Machine);
         let status = ExitStatus::Signal(KILL);
-        for (id, container) in &mut self.containers {
+        for container in self.containers.values_mut() {
             answer(container.creating.take(), Err(refusal.clone()), out);
             answer(container.deleting.take(), Ok(Reply::Deleted { last: true }), out);
             if container.status != Status::Stopped {
@@ -155,7 +155,6 @@ impl State {
             for process in container.execs.values_mut() {
                 process.exit.get_or_insert(status);
             }
-            debug_assert_eq!(container.plan.id, *id);
         }
         for call in std::mem::take(&mut self.calls).into_values() {
             let done = matches!(call.what, What::Signal { kill: true, .. });
