@@ -250,27 +250,19 @@ fn hierarchies(table: &str) -> Vec<Hierarchy> {
             continue;
         };
         let mut right = right.split(' ');
-        match (right.next(), right.nth(1)) {
-            (Some("cgroup2"), _) => {
-                if !found.iter().any(|known| known.kind == Kind::V2) {
-                    found.push(Hierarchy {
-                        mount,
-                        kind: Kind::V2,
-                    });
-                }
-            }
-            (Some("cgroup"), Some(options)) => {
-                let controllers: Vec<String> = options
+        let kind = match (right.next(), right.nth(1)) {
+            (Some("cgroup2"), _) => Kind::V2,
+            (Some("cgroup"), Some(options)) => Kind::V1(
+                options
                     .split(',')
                     .filter(|option| V1_CONTROLLERS.contains(option))
                     .map(str::to_owned)
-                    .collect();
-                let kind = Kind::V1(controllers);
-                if kind != Kind::V1(Vec::new()) && !found.iter().any(|known| known.kind == kind) {
-                    found.push(Hierarchy { mount, kind });
-                }
-            }
-            _ => {}
+                    .collect(),
+            ),
+            _ => continue,
+        };
+        if kind != Kind::V1(Vec::new()) && !found.iter().any(|known| known.kind == kind) {
+            found.push(Hierarchy { mount, kind });
         }
     }
     found

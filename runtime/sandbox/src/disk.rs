@@ -10,6 +10,7 @@ use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use caisson_wire::agent::ExitStatus;
 use serde::de::DeserializeOwned;
@@ -27,8 +28,8 @@ const SANDBOX: &str = "sandbox.json";
 const LOG: &str = "supervisor.log";
 /// What the guest printed, newest last.
 pub(crate) const CONSOLE: &str = "console.log";
-/// What it printed before that.
-pub(crate) const CONSOLE_OLD: &str = "console.log.1";
+/// What the vmm process wrote to its standard error.
+pub(crate) const VMM_LOG: &str = "vmm.log";
 /// Where the shared directory is mounted, in the supervisor's mount namespace only.
 pub(crate) const SHARE: &str = "share";
 /// Largest state file that is read, in bytes; they hold annotations, which a caller may make long.
@@ -110,6 +111,8 @@ pub(crate) struct SandboxRecord {
     pub(crate) machine: Option<String>,
     /// What ended the sandbox, if it was a failure.
     pub(crate) failure: Option<String>,
+    /// Longest time a request to its agent may take.
+    pub(crate) call_deadline: Duration,
 }
 
 /// The directory of one container or sandbox.
@@ -193,7 +196,9 @@ impl Directory {
             SOCKET,
             LOG,
             CONSOLE,
-            CONSOLE_OLD,
+            &older(CONSOLE),
+            VMM_LOG,
+            &older(VMM_LOG),
             &format!("{SANDBOX}.new"),
             &format!("{CONTAINER}.new"),
             SANDBOX,
@@ -211,6 +216,11 @@ impl Directory {
         }
         Ok(())
     }
+}
+
+/// Where a bounded log's older part is.
+pub(crate) fn older(name: &str) -> String {
+    format!("{name}.1")
 }
 
 fn gone(outcome: io::Result<()>) -> io::Result<()> {
@@ -283,6 +293,7 @@ mod tests {
             cgroup: None,
             machine: None,
             failure: None,
+            call_deadline: Duration::ZERO,
         }
     }
 

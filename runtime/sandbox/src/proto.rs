@@ -128,7 +128,8 @@ pub(crate) struct ExecRequest {
     pub(crate) exec: String,
     pub(crate) process: Process,
     pub(crate) wanted: Wanted,
-    pub(crate) stand_in: ProcessId,
+    /// The process that was started to stand in; `None` if the caller does it itself, which is not ours to kill.
+    pub(crate) stand_in: Option<ProcessId>,
 }
 
 /// What the supervisor answers.
@@ -175,7 +176,7 @@ pub enum Refusal {
     Exists(String),
     /// The guest refused; stage and error number are kept.
     #[error("the guest could not {0}")]
-    Guest(#[source] Failure),
+    Guest(Failure),
     /// The machine could not be started or has ended.
     #[error(transparent)]
     Machine(MachineFailure),

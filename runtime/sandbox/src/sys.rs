@@ -55,6 +55,7 @@ pub(crate) fn start(order: Start<'_>) -> io::Result<Child> {
     let mut command = Command::new(order.program);
     command
         .arg0("caisson")
+        .current_dir("/") // so as not to keep the caller's file system busy
         .args(order.arguments)
         .arg(socket.to_string())
         .stdin(order.stdin)
@@ -162,6 +163,59 @@ pub(crate) fn inherited(number: &OsStr) -> io::Result<OwnedFd> {
     // SAFETY: `fd` is open, as the call above has shown, and nothing else in this process owns it: whoever
     // started the process passed it for this purpose alone, and it is read from the arguments once.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Registers a descriptor with the runtime of the calling task, for reading, or for writing too.
+pub(crate) fn watch(
+    fd: OwnedFd,
+    interest: tokio::io::Interest,
+) -> io::Result<tokio::io::unix::AsyncFd<OwnedFd>> {
+    // SAFETY: `as_raw_fd` must give the same open descriptor until the registration ends: an `OwnedFd` never
+    // changes or closes its descriptor before it is dropped, and the `AsyncFd` owns it until then.
+    let watched = unsafe { tokio::io::unix::AsyncFd::register_with_interest(fd, interest) };
+    Ok(watched?)
+}
+
+/// Gives the calling thread a mount namespace of its own.
+pub(crate) fn unshare_mounts() -> io::Result<()> {
+    // SAFETY: a plain system call on integers; descriptors and memory stay as they are.
+    checked(unsafe { libc::unshare(libc::CLONE_NEWNS) }.into())
+}
+
+/// `struct mount_attr` (Linux, include/uapi/linux/mount.h).
+#[repr(C)]
+struct MountAttributes {
+    set: u64,
+    clear: u64,
+    propagation: u64,
+    userns: u64,
+}
+
+/// `MOUNT_ATTR_RDONLY` (Linux, include/uapi/linux/mount.h).
+const MOUNT_ATTR_RDONLY: u64 = 1;
+
+/// Makes the mount whose root `mount` is read-only, and those below it if `recursive`.
+pub(crate) fn make_read_only(mount: impl AsFd, recursive: bool) -> io::Result<()> {
+    let attributes = MountAttributes {
+        set: MOUNT_ATTR_RDONLY,
+        clear: 0,
+        propagation: 0,
+        userns: 0,
+    };
+    let below = if recursive { libc::AT_RECURSIVE } else { 0 };
+    // SAFETY: the path is a valid string and `attributes` lives through the call, with its true size
+    // (mount_setattr(2)).
+    let done = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            mount.as_fd().as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH | below,
+            &raw const attributes,
+            size_of::<MountAttributes>(),
+        )
+    };
+    checked(done)
 }
 
 /// Sends any signal, real-time ones too, through a pidfd.

@@ -17,6 +17,8 @@ use crate::sys::Signals;
 
 /// Longest time to wait until a supervisor takes a connection or a request.
 const SEND_LIMIT: Duration = Duration::from_secs(2);
+/// Lines of a supervisor's log that a message repeats.
+const LOG_LINES: usize = 3;
 /// Signals that make a client give up: SIGHUP, SIGINT, SIGQUIT, SIGTERM.
 const INTERRUPTS: [i32; 4] = [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT, libc::SIGTERM];
 
@@ -50,7 +52,7 @@ impl Connection {
     /// Connects to the supervisor of the sandbox in `directory`.
     pub(crate) fn open(directory: &Directory) -> Result<Self, CallError> {
         let gone = |source| CallError::Gone {
-            log: directory.log(),
+            log: log_tail(&directory.log()),
             source,
         };
         let socket = dial(directory.path()).map_err(gone)?;
@@ -137,10 +139,21 @@ impl Connection {
 
     fn gone(&self, source: io::Error) -> CallError {
         CallError::Gone {
-            log: self.log.clone(),
+            log: log_tail(&self.log),
             source,
         }
     }
+}
+
+/// The last lines of a supervisor's log: it may be removed before anybody can look.
+fn log_tail(path: &Path) -> String {
+    let text = std::fs::read(path).unwrap_or_default();
+    let text = String::from_utf8_lossy(&text);
+    let lines: Vec<&str> = text.lines().collect();
+    let last = lines
+        .get(lines.len().saturating_sub(LOG_LINES)..)
+        .unwrap_or_default();
+    last.join("; ")
 }
 
 fn dial(directory: &Path) -> io::Result<OwnedFd> {

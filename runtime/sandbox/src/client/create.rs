@@ -14,7 +14,7 @@ use super::connection::{Connection, Patience};
 use super::foreground::Foreground;
 use super::hooks::{self, HookState};
 use super::stdio::Streams;
-use super::{CreateError, CreateOrder, Created, Force, Place, Runtime, StdioChoice};
+use super::{CreateError, CreateOrder, Created, Force, MARGIN, MOST_CALLS, Place, Runtime, StdioChoice};
 use crate::disk::{ContainerRecord, Directory};
 use crate::id::ContainerId;
 use crate::plan::{ContainerPlan, NetworkNamespace, SandboxPlan};
@@ -22,9 +22,6 @@ use crate::process::ProcessId;
 use crate::proto::{CreateRequest, Request, Status};
 use crate::stand_in::TerminalGuard;
 use crate::sys::{self, Netns, Signals, Start};
-
-/// What the supervisor may take beyond the deadlines of the plan, which come first.
-const MARGIN: Duration = Duration::from_secs(10);
 
 impl Runtime {
     /// Creates a container, in a sandbox of its own or in another's, and leaves its process waiting for
@@ -78,7 +75,10 @@ impl Runtime {
         let mut record = new_record(&id, &sandbox, &order.container)?;
         directory.write_container(&record)?;
 
-        let limit = limit(&order.place);
+        let limit = match &order.place {
+            Place::New(plan) => deadline(plan),
+            Place::Join(_) => self.answer_limit(&sandbox),
+        };
         let mut connection = match &order.place {
             Place::New(_) => {
                 let (child, connection) = self.start_supervisor(&id, &directory)?;
@@ -295,17 +295,10 @@ fn new_record(
     })
 }
 
-fn limit(place: &Place) -> Duration {
-    match place {
-        Place::New(plan) => deadline(plan),
-        Place::Join(_) => super::ANSWER_LIMIT,
-    }
-}
-
 /// Boot, set-up, create and start each have their own deadline below this one.
 fn deadline(plan: &SandboxPlan) -> Duration {
     plan.boot_deadline
-        .saturating_add(plan.call_deadline.saturating_mul(3))
+        .saturating_add(plan.call_deadline.saturating_mul(MOST_CALLS))
         .saturating_add(MARGIN)
 }
 

@@ -32,10 +32,10 @@ pub enum LookupError {
 #[derive(Debug, thiserror::Error)]
 pub enum CallError {
     /// It is not there, or left without an answer.
-    #[error("the sandbox's supervisor is gone; see {}", log.display())]
+    #[error("the sandbox's supervisor is gone{}", said(log))]
     Gone {
-        /// Its log.
-        log: PathBuf,
+        /// The end of its log.
+        log: String,
         /// The cause.
         #[source]
         source: io::Error,
@@ -102,8 +102,8 @@ pub enum HookError {
     },
 }
 
-fn said(stderr: &str) -> String {
-    match stderr.trim() {
+fn said(last: &str) -> String {
+    match last.trim() {
         "" => String::new(),
         text => format!(": {text}"),
     }

@@ -9,7 +9,7 @@ use super::connection::{Connection, Patience};
 use super::create::pid_of;
 use super::foreground::Foreground;
 use super::stdio::Streams;
-use super::{ANSWER_LIMIT, CallError, ExecError, ExecOrder, Runtime, StdioChoice};
+use super::{CallError, ExecError, ExecOrder, Runtime, StdioChoice};
 use crate::disk::Directory;
 use crate::id::ContainerId;
 use crate::process::ProcessId;
@@ -26,7 +26,7 @@ pub enum Executed {
         pid: i32,
     },
     /// The caller stands in for it.
-    Attached(Foreground),
+    Attached(Box<Foreground>),
 }
 
 impl Runtime {
@@ -77,19 +77,16 @@ impl Runtime {
             .map_err(|err| ExecError::Spawn(err.into()))?;
             (None, Some(ours), theirs)
         };
-        let stand_in = match &child {
-            Some(child) => pid_of(child).and_then(ProcessId::of),
-            None => ProcessId::own(),
-        };
+        let stand_in = child.as_ref().map(|child| pid_of(child).and_then(ProcessId::of));
         let request = Request::Exec(Box::new(ExecRequest {
             container: id.to_string(),
             exec,
             process: order.process,
             wanted: streams.wanted,
-            stand_in: stand_in.map_err(ExecError::Spawn)?,
+            stand_in: stand_in.transpose().map_err(ExecError::Spawn)?,
         }));
         let patience = Patience {
-            limit: Some(ANSWER_LIMIT),
+            limit: Some(self.answer_limit(&record.sandbox)),
             signals: Some(&signals),
         };
         let answer = connection.ask(&request, &[theirs.as_fd()], patience);
@@ -110,11 +107,11 @@ impl Runtime {
                 pid: pid_of(&child).map_err(ExecError::Spawn)?,
             }),
             (Some(child), _) => Foreground::of_child(child, signals, terminal)
-                .map(Executed::Attached)
+                .map(|process| Executed::Attached(Box::new(process)))
                 .map_err(ExecError::Spawn),
-            (None, Some(socket)) => Ok(Executed::Attached(Foreground::in_process(
+            (None, Some(socket)) => Ok(Executed::Attached(Box::new(Foreground::in_process(
                 socket, signals, terminal,
-            ))),
+            )))),
             (None, None) => Err(call(CallError::Protocol)),
         }
     }

@@ -37,9 +37,11 @@ use crate::id::ContainerId;
 use crate::plan::{ContainerPlan, SandboxPlan};
 use crate::proto::{Measured, Refusal, Reply, Request, Status};
 
-/// Longest time a supervisor has to answer, beyond what its plan allows for the guest. The plan's own deadlines
-/// come first and carry the better message.
-const ANSWER_LIMIT: Duration = Duration::from_secs(60);
+/// How long a supervisor has to answer beyond what the sandbox's plan allows for the guest: the plan's own
+/// deadlines come first and carry the better message.
+const MARGIN: Duration = Duration::from_secs(10);
+/// Requests to the guest that one request of a client may lead to, one after the other.
+const MOST_CALLS: u32 = 3;
 
 /// All containers below one root directory.
 #[derive(Clone, Debug)]
@@ -164,8 +166,10 @@ pub struct Watch {
 impl Runtime {
     /// All containers below `root`, which need not exist yet.
     pub fn new(root: impl Into<PathBuf>) -> Self {
+        let root = root.into();
         Self {
-            root: root.into(),
+            // Our processes have other working directories.
+            root: std::path::absolute(&root).unwrap_or(root),
             program: PathBuf::from("/proc/self/exe"),
         }
     }
@@ -408,7 +412,17 @@ impl Runtime {
     }
 
     fn ask(&self, record: &ContainerRecord, request: &Request) -> Result<Reply, CallError> {
-        self.connect(record)?.ask(request, &[], ANSWER_LIMIT)
+        self.connect(record)?
+            .ask(request, &[], self.answer_limit(&record.sandbox))
+    }
+
+    /// How long a supervisor may take to answer.
+    fn answer_limit(&self, sandbox: &ContainerId) -> Duration {
+        let known = Directory::of(&self.root, sandbox).read_sandbox();
+        known
+            .map_or(Duration::ZERO, |known| known.call_deadline)
+            .saturating_mul(MOST_CALLS)
+            .saturating_add(MARGIN)
     }
 
     fn describe(&self, record: ContainerRecord) -> ContainerState {
