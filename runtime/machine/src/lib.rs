@@ -1,8 +1,7 @@
-//! The Machine contract and the confined process that keeps it.
+//! The Machine contract.
 //!
-//! `caisson vmm` gets one [`wire::vmm::Launch`](caisson_wire::vmm::Launch), has a [`Machine`] built from it,
-//! gives up every right it does not need, and serves its control socket until the guest ends. Which machine
-//! it is, ours over a hypervisor or a QEMU child, is the builder's business; see `runtime/vmm` and `runtime/qemu`.
+//! A machine is built from one [`Launch`](caisson_wire::vmm::Launch) message with descriptors and no paths. Which
+//! machine it is, ours over a hypervisor or a QEMU child, is the builder's business.
 
 mod contract;
 

@@ -158,7 +158,7 @@ mod tests {
 
         for (config, want) in [
             ("{", "cannot understand "),
-            ("[]", "cannot understand "),
+            (r#"{"ociVersion": 1}"#, "cannot understand "),
             (
                 r#"{"ociVersion": "2.0.0"}"#,
                 "ociVersion \"2.0.0\" is not supported",

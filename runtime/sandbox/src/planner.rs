@@ -376,10 +376,6 @@ fn host_hooks(spec: &mut Spec) -> HostHooks {
     guest.set_create_container(hooks.create_container().clone());
     guest.set_start_container(hooks.start_container().clone());
     spec.set_hooks(Some(guest));
-    #[expect(
-        deprecated,
-        reason = "the specification deprecates prestart, and engines still use it"
-    )]
     let prestart = hooks.prestart().clone().unwrap_or_default();
     HostHooks {
         prestart,

@@ -1,2 +1,0 @@
-//! Picks the backend of this build.
-#![forbid(unsafe_code)]

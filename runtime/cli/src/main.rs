@@ -1,3 +1,0 @@
-//! The Caisson host binary.
-
-fn main() {}

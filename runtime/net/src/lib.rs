@@ -1,1 +1,0 @@
-//! Host side of a sandbox network.

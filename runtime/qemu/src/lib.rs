@@ -1,1 +1,0 @@
-//! The Machine contract kept by a QEMU child, for emulation and foreign guests.

@@ -1,1 +1,0 @@
-//! Root filesystems, volumes and the sharing policy.

@@ -1,1 +1,0 @@
-//! Our own machine: bus, vCPU threads, loader; generic over the hypervisor.
