@@ -8,8 +8,9 @@ use anyhow::{Context as _, bail};
 use serde_json::Value;
 
 /// Which crates of ours each crate may depend on. What is not listed may depend on none.
-const MAY_DEPEND: [(&str, &[&str]); 5] = [
+const MAY_DEPEND: [(&str, &[&str]); 6] = [
     ("caisson-hal", &["caisson-arch"]),
+    ("caisson-hal-scripted", &["caisson-hal", "caisson-arch"]),
     ("caisson-devices", &["caisson-hal", "caisson-arch"]),
     ("caisson-machine", &["caisson-wire", "caisson-devices"]),
     ("caisson-sandbox", &["caisson-wire"]),

@@ -19,9 +19,9 @@ pub trait Arch: Clone + Copy + Debug + PartialEq + Send + Sync + Sized + 'static
     /// Entry state a boot protocol sets before the first instruction.
     type BootRegs: Clone + Debug + PartialEq + Send + 'static;
     /// Everything needed to resume one vCPU; versioned, the same for every backend.
-    type VcpuState: Clone + Debug + PartialEq + Send + Serialize + DeserializeOwned + 'static;
+    type VcpuState: Clone + Debug + PartialEq + Send + Sync + Serialize + DeserializeOwned + 'static;
     /// Everything the hypervisor holds for the VM as a whole: interrupt controller, clock; versioned.
-    type VmState: Clone + Debug + PartialEq + Send + Serialize + DeserializeOwned + 'static;
+    type VmState: Clone + Debug + PartialEq + Send + Sync + Serialize + DeserializeOwned + 'static;
     /// Interrupt controller layout chosen by the machine model.
     type IrqLayout: Clone + Debug + PartialEq + Send + Sync + 'static;
     /// What the guest may know about its processor, beyond what the host has.
