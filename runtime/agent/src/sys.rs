@@ -64,16 +64,29 @@ pub(crate) enum Forked {
     Child,
 }
 
+/// Proof that this process has a single thread, and starts none as long as this is about.
+#[derive(Debug)]
+pub(crate) struct SingleThread(());
+
+impl SingleThread {
+    /// Looks. Needs a `/proc` that can be trusted.
+    ///
+    /// # Errors
+    /// Fails if there are more.
+    pub(crate) fn check() -> io::Result<Self> {
+        match std::fs::read_dir("/proc/self/task")?.count() {
+            1 => Ok(Self(())),
+            count => Err(io::Error::other(format!("there are {count} threads"))),
+        }
+    }
+}
+
 /// Splits the process in two.
 ///
 /// # Errors
-/// Fails if the kernel has no room for a process, or the process has more than one thread: the child
-/// would inherit the locks of threads that it does not have.
-pub(crate) fn fork() -> io::Result<Forked> {
-    if std::fs::read_dir("/proc/self/task")?.count() != 1 {
-        return Err(io::Error::other("fork in a process with several threads"));
-    }
-    // SAFETY: the only thread calls, so no lock is held by another one in the child.
+/// Fails if the kernel has no room for a process.
+pub(crate) fn fork(_: &SingleThread) -> io::Result<Forked> {
+    // SAFETY: the only thread calls, as the argument proves, so no other one holds a lock in the child.
     match unsafe { libc::fork() } {
         -1 => Err(io::Error::last_os_error()),
         0 => Ok(Forked::Child),
@@ -192,11 +205,11 @@ pub(crate) fn kill(pid: i32, signal: i32) -> io::Result<()> {
     check(unsafe { libc::kill(pid, signal) }).map(drop)
 }
 
-/// Sets a resource limit of this process.
+/// Sets a resource limit of a process.
 ///
 /// # Errors
-/// As setrlimit(2).
-pub(crate) fn setrlimit(resource: u32, soft: u64, hard: u64) -> io::Result<()> {
+/// As prlimit(2).
+pub(crate) fn set_limit(pid: i32, resource: u32, soft: u64, hard: u64) -> io::Result<()> {
     let limit = libc::rlimit64 {
         rlim_cur: soft,
         rlim_max: hard,
@@ -205,7 +218,7 @@ pub(crate) fn setrlimit(resource: u32, soft: u64, hard: u64) -> io::Result<()> {
     check_long(unsafe {
         libc::syscall(
             libc::SYS_prlimit64,
-            0,
+            pid,
             resource,
             ptr::from_ref(&limit),
             ptr::null_mut::<libc::rlimit64>(),
@@ -334,14 +347,14 @@ fn bpf_attachment(command: libc::c_long, cgroup: BorrowedFd<'_>, program: Borrow
         .map(drop)
 }
 
-/// Sets the I/O priority of this process (ioprio_set(2)).
+/// Sets the I/O priority of a process.
 ///
 /// # Errors
 /// As ioprio_set(2).
-pub(crate) fn set_io_priority(value: u32) -> io::Result<()> {
+pub(crate) fn set_io_priority(pid: i32, value: u32) -> io::Result<()> {
     const IOPRIO_WHO_PROCESS: u32 = 1;
     // SAFETY: takes integers only.
-    check_long(unsafe { libc::syscall(libc::SYS_ioprio_set, IOPRIO_WHO_PROCESS, 0, value) }).map(drop)
+    check_long(unsafe { libc::syscall(libc::SYS_ioprio_set, IOPRIO_WHO_PROCESS, pid, value) }).map(drop)
 }
 
 /// `struct sched_attr` (include/uapi/linux/sched/types.h), its first version.
@@ -366,14 +379,14 @@ pub(crate) struct SchedAttr {
     pub(crate) period: u64,
 }
 
-/// Sets the scheduling policy of this process.
+/// Sets the scheduling policy of a process.
 ///
 /// # Errors
 /// As sched_setattr(2).
-pub(crate) fn sched_setattr(mut attr: SchedAttr) -> io::Result<()> {
+pub(crate) fn sched_setattr(pid: i32, mut attr: SchedAttr) -> io::Result<()> {
     attr.size = u32::try_from(mem::size_of::<SchedAttr>()).unwrap_or_default();
     // SAFETY: `attr` is a `sched_attr` that states its size and outlives the call.
-    check_long(unsafe { libc::syscall(libc::SYS_sched_setattr, 0, ptr::from_ref(&attr), 0) }).map(drop)
+    check_long(unsafe { libc::syscall(libc::SYS_sched_setattr, pid, ptr::from_ref(&attr), 0) }).map(drop)
 }
 
 /// Sets the execution domain of this process.

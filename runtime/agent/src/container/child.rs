@@ -12,6 +12,7 @@ use std::process::ExitCode;
 
 use caisson_wire::agent::{Failure, Stage};
 use caisson_wire::{Receiver, RecvError, Sender, channel};
+use oci_spec::runtime::LinuxIdMapping;
 use rustix::fs::{FileType, Gid, Mode, OFlags, Uid, makedev};
 use rustix::mount::MountAttrFlags;
 use rustix::process::PidfdFlags;
@@ -30,7 +31,7 @@ use super::seccomp::Filter;
 use super::sysctl;
 use super::terminal::Terminal;
 use crate::failure::{At, failure};
-use crate::sys::{self, Forked, Reach};
+use crate::sys::{self, Forked, Reach, SingleThread};
 
 /// First argument of the agent's executable that makes it run [`main`].
 pub const WORD: &str = "container-init";
@@ -44,13 +45,17 @@ pub(crate) const LAYERS_DIR: &str = "/run/caisson/layers";
 /// Does the work of a process started with [`WORD`]; its standard input is the socket to the agent.
 pub fn main() -> ExitCode {
     sys::reset_signals();
+    // Before any namespace is entered: later, /proc may be a container's.
+    let Ok(single) = SingleThread::check() else {
+        return ExitCode::FAILURE;
+    };
     let Ok(socket) = sys::stdio(0).and_then(sys::above_stdio) else {
         return ExitCode::FAILURE;
     };
     let Ok((agent, mut orders)) = channel(socket, LIMIT) else {
         return ExitCode::FAILURE;
     };
-    match set_up(&agent, &mut orders) {
+    match set_up(&single, &agent, &mut orders) {
         Ok(Done::Forked) => ExitCode::SUCCESS,
         Ok(Done::AgentGone) => ExitCode::FAILURE,
         Err(failed) => {
@@ -69,7 +74,7 @@ enum Done {
     AgentGone,
 }
 
-fn set_up(agent: &Sender, orders: &mut Receiver) -> Result<Done, Failure> {
+fn set_up(single: &SingleThread, agent: &Sender, orders: &mut Receiver) -> Result<Done, Failure> {
     let Some((Order::Job(job), descriptors)) = next(orders)? else {
         return Ok(Done::AgentGone);
     };
@@ -79,13 +84,14 @@ fn set_up(agent: &Sender, orders: &mut Receiver) -> Result<Done, Failure> {
     } else {
         Vec::new()
     };
+    own_streams(&job, &pipes)?;
     for (kind, namespace) in job.join.iter().zip(descriptors) {
         namespaces::enter(*kind, namespace.as_fd())?;
     }
     if let Done::AgentGone = make_namespaces(&job, agent, orders)? {
         return Ok(Done::AgentGone);
     }
-    match sys::fork().at(Stage::Namespaces, || "cannot fork")? {
+    match sys::fork(single).at(Stage::Namespaces, || "cannot fork")? {
         Forked::Parent(pid) => {
             // The pid cannot be anybody else's: nobody but this process could reap the child.
             let process = rustix::process::Pid::from_raw(pid)
@@ -134,11 +140,9 @@ fn become_program(
         Some(make) => {
             // Opened before the root changes: what is at /proc later is the container's.
             let namespaces = namespaces::own(&kinds)?;
-            limits::apply(&job.process, job.personality.as_ref())?;
             (namespaces, make_container(&job, make)?)
         }
         None => {
-            limits::apply(&job.process, job.personality.as_ref())?;
             let root = current_root()?;
             kinds.clear();
             let terminal = (!job.pipes)
@@ -147,7 +151,10 @@ fn become_program(
             (Vec::new(), terminal)
         }
     };
-    connect_streams(&job, &pipes, terminal.as_ref())?;
+    if let Some(personality) = &job.personality {
+        limits::set_personality(personality)?;
+    }
+    connect_streams(&pipes, terminal.as_ref())?;
     drop(pipes);
     program::enter_directory(job.process.cwd())?;
 
@@ -165,6 +172,11 @@ fn become_program(
         CapabilitySet::SYS_ADMIN
     } else {
         CapabilitySet::empty()
+    };
+    let gone = |err: caisson_wire::SendError| failure(Stage::Control, err.to_string());
+    agent.send(&Report::LimitMe).map_err(gone)?;
+    let Some((Order::Limited, _)) = next(orders)? else {
+        return Ok(Done::AgentGone);
     };
     credentials::become_user(job.process.user(), capabilities, kept)?;
     let program = Program::find(&job.process)?;
@@ -362,31 +374,51 @@ fn stack_layers(disks: &[(String, String)]) -> Result<OwnedFd, Failure> {
 }
 
 /// Gives the process its standard streams.
-fn connect_streams(job: &Job, pipes: &[OwnedFd], terminal: Option<&Terminal>) -> Result<(), Failure> {
+fn connect_streams(pipes: &[OwnedFd], terminal: Option<&Terminal>) -> Result<(), Failure> {
     if let Some(terminal) = terminal {
         return terminal.take();
     }
-    let (uid, gid) = (
-        Uid::from_raw(job.process.user().uid()),
-        Gid::from_raw(job.process.user().gid()),
-    );
     for (number, stream) in (0..).zip(pipes) {
         let cannot = || format!("cannot connect the standard stream {number}");
-        let stat = rustix::fs::fstat(stream).at(Stage::Stdio, cannot)?;
-        if FileType::from_raw_mode(stat.st_mode) == FileType::Fifo {
-            // So that another user than root can open /dev/stdout, which is this very pipe.
-            rustix::fs::fchown(stream, Some(uid), Some(gid)).at(Stage::Stdio, cannot)?;
-            sys::make_stdio(stream.as_fd(), number).at(Stage::Stdio, cannot)?;
-            continue;
-        }
-        // The container's own null device, so that nothing of the guest's /dev is left open.
-        let null = rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
-            .ok()
+        // Not the guest's null device but the container's own, if that is one.
+        let null = (!is_pipe(stream).at(Stage::Stdio, cannot)?)
+            .then(|| rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).ok())
+            .flatten()
             .filter(|null| rustix::fs::fstat(null).is_ok_and(|stat| stat.st_rdev == makedev(1, 3)));
         let stream = null.as_ref().unwrap_or(stream);
         sys::make_stdio(stream.as_fd(), number).at(Stage::Stdio, cannot)?;
     }
     Ok(())
+}
+
+/// Gives the pipes to the user that the process will be, so that another one than root can open
+/// `/dev/stdout`, which is this very pipe. Comes before the user namespace, which pipes are not in.
+fn own_streams(job: &Job, pipes: &[OwnedFd]) -> Result<(), Failure> {
+    let user = job.process.user();
+    let uid = outer_id(&job.uids, user.uid()).map(Uid::from_raw);
+    let gid = outer_id(&job.gids, user.gid()).map(Gid::from_raw);
+    for stream in pipes {
+        let cannot = || "cannot give the standard streams to the user";
+        if is_pipe(stream).at(Stage::Stdio, cannot)? {
+            rustix::fs::fchown(stream, uid, gid).at(Stage::Stdio, cannot)?;
+        }
+    }
+    Ok(())
+}
+
+fn is_pipe(stream: &OwnedFd) -> rustix::io::Result<bool> {
+    Ok(FileType::from_raw_mode(rustix::fs::fstat(stream)?.st_mode) == FileType::Fifo)
+}
+
+/// An id of a user namespace with these mappings, as the guest sees it; without mappings it is the same.
+fn outer_id(mappings: &[LinuxIdMapping], id: u32) -> Option<u32> {
+    if mappings.is_empty() {
+        return Some(id);
+    }
+    mappings.iter().find_map(|map| {
+        let offset = id.checked_sub(map.container_id())?;
+        (offset < map.size()).then(|| map.host_id().checked_add(offset))?
+    })
 }
 
 fn current_root() -> Result<RootDir, Failure> {
@@ -405,5 +437,27 @@ fn next(orders: &mut Receiver) -> Result<Option<(Order, Vec<OwnedFd>)>, Failure>
         Ok(order) => Ok(Some(order)),
         Err(RecvError::Closed) => Ok(None),
         Err(err) => Err(failure(Stage::Control, err.to_string())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_are_mapped_out_of_a_user_namespace() {
+        let mappings: Vec<LinuxIdMapping> = serde_json::from_str(
+            r#"[{"containerID": 0, "hostID": 1000, "size": 1}, {"containerID": 1, "hostID": 100000, "size": 10}]"#,
+        )
+        .unwrap();
+        for (id, want) in [
+            (0, Some(1000)),
+            (1, Some(100_000)),
+            (10, Some(100_009)),
+            (11, None),
+        ] {
+            assert_eq!(outer_id(&mappings, id), want, "{id}");
+        }
+        assert_eq!(outer_id(&[], 7), Some(7));
     }
 }

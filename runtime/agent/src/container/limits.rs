@@ -10,45 +10,53 @@ use rustix::io::Errno;
 use crate::failure::{At, failure_with};
 use crate::sys::{self, SchedAttr};
 
-/// Applies everything of this module that `process` asks for. Needs `/proc` and full rights.
+/// Applies the limits, priorities and score that `process` asks for to the process `pid`, which is root
+/// still and waits.
+///
+/// The agent does this rather than the process: a limit that is too low for the set-up is none of the
+/// set-up's business, it takes the rights of the first user namespace, and `/proc` has to be the agent's.
 ///
 /// # Errors
 /// Fails with the stage [`Stage::Limits`].
-pub(crate) fn apply(process: &Process, personality: Option<&LinuxPersonality>) -> Result<(), Failure> {
+pub(crate) fn apply(pid: i32, process: &Process) -> Result<(), Failure> {
     if let Some(score) = process.oom_score_adj() {
-        std::fs::write("/proc/self/oom_score_adj", score.to_string()).at(Stage::Limits, || {
+        std::fs::write(format!("/proc/{pid}/oom_score_adj"), score.to_string()).at(Stage::Limits, || {
             format!("cannot set the out-of-memory score to {score}")
         })?;
     }
     for limit in process.rlimits().iter().flatten() {
-        set_limit(limit)?;
+        set_limit(pid, limit)?;
     }
     if let Some(priority) = process.io_priority() {
         let value = io_priority(priority);
-        sys::set_io_priority(value).at(Stage::Limits, || {
+        sys::set_io_priority(pid, value).at(Stage::Limits, || {
             format!("cannot set the I/O priority {value:#x}")
         })?;
     }
     if let Some(scheduler) = process.scheduler() {
-        let attr = scheduling(scheduler);
-        sys::sched_setattr(attr).at(Stage::Limits, || {
+        sys::sched_setattr(pid, scheduling(scheduler)).at(Stage::Limits, || {
             format!("cannot schedule as {:?}", scheduler.policy())
         })?;
-    }
-    if let Some(personality) = personality {
-        /// include/uapi/linux/personality.h.
-        const PER_LINUX: u32 = 0x0000;
-        const PER_LINUX32: u32 = 0x0008;
-        let persona = match personality.domain() {
-            LinuxPersonalityDomain::PerLinux => PER_LINUX,
-            LinuxPersonalityDomain::PerLinux32 => PER_LINUX32,
-        };
-        sys::personality(persona).at(Stage::Limits, || "cannot set the execution domain")?;
     }
     Ok(())
 }
 
-fn set_limit(limit: &PosixRlimit) -> Result<(), Failure> {
+/// Sets the execution domain of this process.
+///
+/// # Errors
+/// Fails with the stage [`Stage::Limits`].
+pub(crate) fn set_personality(personality: &LinuxPersonality) -> Result<(), Failure> {
+    /// include/uapi/linux/personality.h.
+    const PER_LINUX: u32 = 0x0000;
+    const PER_LINUX32: u32 = 0x0008;
+    let persona = match personality.domain() {
+        LinuxPersonalityDomain::PerLinux => PER_LINUX,
+        LinuxPersonalityDomain::PerLinux32 => PER_LINUX32,
+    };
+    sys::personality(persona).at(Stage::Limits, || "cannot set the execution domain")
+}
+
+fn set_limit(pid: i32, limit: &PosixRlimit) -> Result<(), Failure> {
     if limit.soft() > limit.hard() {
         return Err(failure_with(
             Stage::Limits,
@@ -61,7 +69,7 @@ fn set_limit(limit: &PosixRlimit) -> Result<(), Failure> {
             ),
         ));
     }
-    sys::setrlimit(resource(limit.typ()), limit.soft(), limit.hard()).at(Stage::Limits, || {
+    sys::set_limit(pid, resource(limit.typ()), limit.soft(), limit.hard()).at(Stage::Limits, || {
         format!(
             "cannot set {} to {} and {}",
             limit.typ(),
@@ -162,7 +170,7 @@ mod tests {
     fn a_soft_limit_above_the_hard_one_is_refused_before_the_kernel_sees_it() {
         let limit: PosixRlimit =
             serde_json::from_str(r#"{"type": "RLIMIT_NOFILE", "soft": 10, "hard": 5}"#).unwrap();
-        assert_eq!(set_limit(&limit).unwrap_err().stage, Stage::Limits);
+        assert_eq!(set_limit(0, &limit).unwrap_err().stage, Stage::Limits);
     }
 
     #[test]

@@ -16,6 +16,8 @@ pub(crate) enum Order {
     Job(Box<Job>),
     /// Answer to [`Report::MapIds`].
     Mapped,
+    /// Answer to [`Report::LimitMe`].
+    Limited,
     /// Run the program.
     Go,
 }
@@ -40,6 +42,10 @@ pub(crate) struct Job {
     pub(crate) personality: Option<LinuxPersonality>,
     /// What is run and as whom.
     pub(crate) process: Process,
+    /// Mappings of the container's user namespace, if it has one of its own.
+    pub(crate) uids: Vec<LinuxIdMapping>,
+    /// The same for groups.
+    pub(crate) gids: Vec<LinuxIdMapping>,
     /// The container that is made around the process; `None` for one more process of an existing one.
     pub(crate) make: Option<Box<Make>>,
 }
@@ -51,10 +57,6 @@ pub(crate) struct Make {
     pub(crate) root: RootSource,
     /// The whole configuration.
     pub(crate) spec: Spec,
-    /// Mappings of its user namespace, if it has one of its own.
-    pub(crate) uids: Vec<LinuxIdMapping>,
-    /// The same for groups.
-    pub(crate) gids: Vec<LinuxIdMapping>,
 }
 
 /// Where a root file system comes from.
@@ -81,6 +83,8 @@ pub(crate) enum Report {
         /// Its pid as the agent sees it.
         pid: i32,
     },
+    /// The container is around the process, which is still root and wants its limits now.
+    LimitMe,
     /// Everything but `execve` is done. Descriptors: the namespaces in `kinds`, then the terminal's
     /// controlling side if there is one.
     Ready {

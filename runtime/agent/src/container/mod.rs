@@ -36,7 +36,7 @@ use std::time::Duration;
 use caisson_wire::agent::{
     Create, Exec, ExitStatus, Failure, FromAgent, ProcessInfo, SHARE_DIR, Stage, Stats, Target, WindowSize,
 };
-use oci_spec::runtime::{Hook, LinuxPersonality, LinuxResources, LinuxSeccomp, Spec};
+use oci_spec::runtime::{Hook, Linux, LinuxIdMapping, LinuxPersonality, LinuxResources, LinuxSeccomp, Spec};
 use rustix::io::Errno;
 
 use self::cgroup::Cgroup;
@@ -116,6 +116,8 @@ pub(crate) struct Container {
     namespaces: Arc<Namespaces>,
     seccomp: Option<LinuxSeccomp>,
     personality: Option<LinuxPersonality>,
+    uids: Vec<LinuxIdMapping>,
+    gids: Vec<LinuxIdMapping>,
     hooks_limit: Duration,
     oom: Option<(OomWatch, OwnedFd)>,
     cgroup: Arc<Cgroup>,
@@ -154,13 +156,14 @@ impl Container {
         let hooks_limit = hooks_limit(&spec, |hooks| hooks.create_container());
         let start_limit = hooks_limit_of_start(&spec);
         let streams = Streams::connect(&*context.dial, &stdio)?;
-        let ids = |pick: fn(&oci_spec::runtime::Linux) -> &Option<Vec<_>>| {
-            linux.and_then(|linux| pick(linux).clone()).unwrap_or_default()
+        let ids = |pick: fn(&Linux) -> &Option<Vec<LinuxIdMapping>>| {
+            let maps = choice.unshare.contains(&Kind::User);
+            let listed = linux.filter(|_| maps).and_then(|linux| pick(linux).clone());
+            listed.unwrap_or_default()
         };
+        let (uids, gids) = (ids(Linux::uid_mappings), ids(Linux::gid_mappings));
         let make = Make {
             root,
-            uids: ids(|linux| linux.uid_mappings()),
-            gids: ids(|linux| linux.gid_mappings()),
             spec: spec.clone(),
         };
         let oom = OomWatch::start(&cgroup, &id, &context.events);
@@ -173,6 +176,8 @@ impl Container {
             seccomp: seccomp.clone(),
             personality: personality.clone(),
             process,
+            uids: uids.clone(),
+            gids: gids.clone(),
             make: Some(Box::new(make)),
         };
         let target = Target {
@@ -202,6 +207,8 @@ impl Container {
             namespaces: Arc::new(namespaces),
             seccomp,
             personality,
+            uids,
+            gids,
             hooks_limit: start_limit,
             oom,
             cgroup,
@@ -281,6 +288,8 @@ impl Container {
                 seccomp: self.seccomp.clone(),
                 personality: self.personality.clone(),
                 process,
+                uids: self.uids.clone(),
+                gids: self.gids.clone(),
                 make: None,
             },
             descriptors,

@@ -17,6 +17,7 @@ use rustix::io::Errno;
 use super::Context;
 use super::cgroup::Cgroup;
 use super::child;
+use super::limits;
 use super::message::{Job, Order, Report};
 use super::namespaces::Namespaces;
 use super::terminal;
@@ -111,11 +112,8 @@ impl Launch<'_> {
         let helper = helper.id();
         self.cgroup.add(helper)?;
 
-        let maps = self
-            .job
-            .make
-            .as_ref()
-            .map(|make| (make.uids.clone(), make.gids.clone()));
+        let (uids, gids) = (self.job.uids.clone(), self.job.gids.clone());
+        let limited = self.job.process.clone();
         let (streams, given) = open_streams(self.streams)?;
         let sent: Vec<BorrowedFd<'_>> = given.iter().chain(&self.descriptors).map(AsFd::as_fd).collect();
         orders
@@ -129,11 +127,8 @@ impl Launch<'_> {
         loop {
             match dialogue.next()? {
                 Some((Report::MapIds, _)) => {
-                    let (uids, gids) = maps
-                        .as_ref()
-                        .map_or((&[][..], &[][..]), |(u, g)| (&u[..], &g[..]));
-                    map_ids(helper, "uid_map", uids)?;
-                    map_ids(helper, "gid_map", gids)?;
+                    map_ids(helper, "uid_map", &uids)?;
+                    map_ids(helper, "gid_map", &gids)?;
                     orders
                         .send(&Order::Mapped)
                         .map_err(|err| failure(Stage::Namespaces, err.to_string()))?;
@@ -147,15 +142,20 @@ impl Launch<'_> {
                         descriptor: Some(descriptor),
                     });
                 }
+                Some((Report::LimitMe, _)) => {
+                    let pid = newborn.as_ref().map_or(0, |newborn| newborn.pid);
+                    limits::apply(pid, &limited)?;
+                    orders
+                        .send(&Order::Limited)
+                        .map_err(|err| failure(Stage::Limits, err.to_string()))?;
+                }
                 Some((Report::Ready { kinds }, mut descriptors)) => {
                     let terminal = descriptors.split_off(kinds.len().min(descriptors.len())).pop();
+                    let early = || failure(Stage::Control, "a process was ready before it was there");
+                    let newborn = newborn.as_mut().ok_or_else(early)?;
                     streams.attach(terminal.as_ref())?;
-                    let Some((pid, descriptor)) = newborn
-                        .as_mut()
-                        .and_then(|newborn| Some((newborn.pid, newborn.descriptor.take()?)))
-                    else {
-                        return Err(failure(Stage::Control, "a process was ready before it was there"));
-                    };
+                    let pid = newborn.pid;
+                    let descriptor = newborn.descriptor.take().ok_or_else(early)?;
                     self.context.reaper.watch(pid, self.ended);
                     let process = Process {
                         pid,
