@@ -23,7 +23,7 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Installs what the tests need: formatter, linter and the target of static binaries.
+    /// Installs what the tests need: formatter, linter, the target of static binaries, busybox.
     Setup,
     /// Checks the tree: formatting, clippy, dependency direction, names, sizes.
     Lint,

@@ -10,7 +10,8 @@ pub(crate) const STATIC_TARGET: &str = "x86_64-unknown-linux-musl";
 /// Installs everything.
 pub(crate) fn all() -> anyhow::Result<()> {
     components()?;
-    static_target()
+    static_target()?;
+    busybox()
 }
 
 /// The formatter and the linter.
@@ -34,6 +35,29 @@ pub(crate) fn static_target() -> anyhow::Result<()> {
         return Ok(());
     }
     install(&["target", "add", STATIC_TARGET])
+}
+
+/// A static busybox: the programs inside the containers of the tests.
+pub(crate) fn busybox() -> anyhow::Result<()> {
+    if std::path::Path::new("/bin/busybox").exists() || std::path::Path::new("/usr/bin/busybox").exists() {
+        return Ok(());
+    }
+    for arguments in [
+        ["update", "--quiet"].as_slice(),
+        ["install", "--yes", "--quiet", "busybox-static"].as_slice(),
+    ] {
+        let status = Command::new("apt-get")
+            .args(arguments)
+            .status()
+            .context("cannot run apt-get")?;
+        if !status.success() {
+            bail!(
+                "apt-get {} failed; install the package busybox-static as root",
+                arguments.join(" ")
+            );
+        }
+    }
+    Ok(())
 }
 
 fn install(arguments: &[&str]) -> anyhow::Result<()> {

@@ -32,7 +32,7 @@ const PARTS: [Part; 3] = [
     },
     Part {
         name: "unit",
-        what: "every test of every crate; some make namespaces and mounts and need root",
+        what: "every test of every crate; some make namespaces and mounts and need root and busybox",
         run: |root| cargo(root, &["test", "--workspace", "--no-fail-fast"], UNIT_LIMIT),
     },
     Part {
@@ -120,6 +120,7 @@ fn cargo(root: &Path, arguments: &[&str], limit: Duration) -> anyhow::Result<Cou
     let mut child = Command::new("cargo")
         .args(arguments)
         .current_dir(root)
+        .env("CAISSON_NEED", "root")
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .spawn()

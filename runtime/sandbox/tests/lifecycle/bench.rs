@@ -32,7 +32,7 @@ pub(crate) type Case = (&'static str, fn());
 pub(crate) fn run_all(filter: Option<&str>, cases: &[Case]) -> ExitCode {
     // What a client leaves to be inherited comes here, as it would to an engine's monitor.
     rustix::process::set_child_subreaper(Some(rustix::process::getpid())).unwrap();
-    let mut failed = Vec::new();
+    let (mut passed, mut failed) = (0, Vec::new());
     let chosen = cases
         .iter()
         .filter(|(name, _)| filter.is_none_or(|filter| name.contains(filter)));
@@ -47,10 +47,14 @@ pub(crate) fn run_all(filter: Option<&str>, cases: &[Case]) -> ExitCode {
             Err(_) => "WENT SILENT",
         };
         println!("test {name} ... {verdict} ({} ms)", began.elapsed().as_millis());
-        if verdict != "ok" {
+        if verdict == "ok" {
+            passed += 1;
+        } else {
             failed.push(name);
         }
     }
+    let word = if failed.is_empty() { "ok" } else { "FAILED" };
+    println!("test result: {word}. {passed} passed; {} failed", failed.len());
     if failed.is_empty() {
         return ExitCode::SUCCESS;
     }
