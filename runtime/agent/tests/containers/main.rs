@@ -4,6 +4,12 @@
 //! (`serve`) or a process of a container; without, it runs the tests. They need root, a cgroup v2 hierarchy
 //! and a static busybox; where `CAISSON_NEED` lists `root`, their absence is a failure.
 
+#![expect(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    reason = "a test without the test harness: what is unexpected ends the case"
+)]
+
 mod cases;
 mod guest;
 
