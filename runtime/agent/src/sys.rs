@@ -23,7 +23,7 @@ pub(crate) fn vsock_connect(cid: u32, port: u32, limit: Duration) -> io::Result<
         None,
     )?;
     let timeout = libc::timeval {
-        tv_sec: limit.as_secs().try_into().unwrap_or(libc::time_t::MAX),
+        tv_sec: limit.as_secs().try_into().unwrap_or(i64::MAX),
         tv_usec: limit.subsec_micros().into(),
     };
     // SAFETY: the option's value is a `timeval` of the stated length that lives through the call.

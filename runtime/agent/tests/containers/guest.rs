@@ -27,7 +27,7 @@ use serde_json::{Value, json};
 const LIMIT: Duration = Duration::from_secs(20);
 
 /// What is missing on this machine, if anything.
-pub fn requirements() -> Result<(), String> {
+pub(crate) fn requirements() -> Result<(), String> {
     if !rustix::process::geteuid().is_root() {
         return Err("root is needed to make containers".to_owned());
     }
@@ -36,7 +36,7 @@ pub fn requirements() -> Result<(), String> {
 }
 
 /// The guest's side of the tests: PID 1 of the namespaces that [`Guest::new`] makes.
-pub fn serve(args: Vec<String>) -> ExitCode {
+pub(crate) fn serve(args: Vec<String>) -> ExitCode {
     let [share, streams, cgroup] = &args[..] else {
         panic!("serve SHARE STREAMS CGROUP")
     };
@@ -81,7 +81,7 @@ impl Dial for Sockets {
 }
 
 /// A guest and the control plane's side of its connection.
-pub struct Guest {
+pub(crate) struct Guest {
     process: Child,
     dir: tempfile::TempDir,
     cgroup: PathBuf,
@@ -95,7 +95,7 @@ pub struct Guest {
 
 impl Guest {
     /// Starts one, with a busybox root file system in its share.
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         static COUNT: AtomicU64 = AtomicU64::new(0);
         let dir = tempfile::tempdir().unwrap();
         fs::create_dir(dir.path().join("streams")).unwrap();
@@ -144,12 +144,12 @@ impl Guest {
     }
 
     /// A file of the shared directory, seen from the host.
-    pub fn share(&self, path: &str) -> PathBuf {
+    pub(crate) fn share(&self, path: &str) -> PathBuf {
         self.dir.path().join("share").join(path)
     }
 
     /// Sends a request without waiting for the answer.
-    pub fn send(&mut self, call: Call) -> u64 {
+    pub(crate) fn send(&mut self, call: Call) -> u64 {
         let id = self.next_id;
         self.next_id += 1;
         self.requests.send(&Request { id, call }).unwrap();
@@ -157,7 +157,7 @@ impl Guest {
     }
 
     /// Waits for the answer to a request.
-    pub fn answer(&mut self, id: u64) -> Result<Reply, Failure> {
+    pub(crate) fn answer(&mut self, id: u64) -> Result<Reply, Failure> {
         let message =
             self.wait_for(|message| matches!(message, FromAgent::Answer { id: other, .. } if *other == id));
         let FromAgent::Answer { outcome, .. } = message else {
@@ -167,13 +167,13 @@ impl Guest {
     }
 
     /// Sends a request and waits for the answer.
-    pub fn call(&mut self, call: Call) -> Result<Reply, Failure> {
+    pub(crate) fn call(&mut self, call: Call) -> Result<Reply, Failure> {
         let id = self.send(call);
         self.answer(id)
     }
 
     /// Waits for the end of a process.
-    pub fn exited(&mut self, container: &str, exec: Option<&str>) -> ExitStatus {
+    pub(crate) fn exited(&mut self, container: &str, exec: Option<&str>) -> ExitStatus {
         let target = Target {
             container: container.to_owned(),
             exec: exec.map(str::to_owned),
@@ -188,7 +188,7 @@ impl Guest {
     }
 
     /// The messages that have come and that nobody has waited for.
-    pub fn unclaimed(&self) -> &[FromAgent] {
+    pub(crate) fn unclaimed(&self) -> &[FromAgent] {
         &self.early
     }
 
@@ -214,19 +214,24 @@ impl Guest {
     }
 
     /// A port, and where the agent's connection to it arrives.
-    pub fn port(&mut self) -> (u32, UnixListener) {
+    pub(crate) fn port(&mut self) -> (u32, UnixListener) {
         self.next_port += 1;
         let path = self.dir.path().join("streams").join(self.next_port.to_string());
         (self.next_port, UnixListener::bind(path).unwrap())
     }
 
     /// Creates a container with all three streams.
-    pub fn create(&mut self, id: &str, spec: Spec) -> Result<Streams, Failure> {
+    pub(crate) fn create(&mut self, id: &str, spec: Spec) -> Result<Streams, Failure> {
         self.create_joined(id, spec, &[])
     }
 
     /// Creates a container that joins namespaces of others, given as pairs of kind and container.
-    pub fn create_joined(&mut self, id: &str, spec: Spec, join: &[(&str, &str)]) -> Result<Streams, Failure> {
+    pub(crate) fn create_joined(
+        &mut self,
+        id: &str,
+        spec: Spec,
+        join: &[(&str, &str)],
+    ) -> Result<Streams, Failure> {
         let (stdio, ports) = self.stdio();
         self.call(Call::Create(Box::new(Create {
             container: id.to_owned(),
@@ -244,7 +249,7 @@ impl Guest {
     }
 
     /// Creates a container with a terminal.
-    pub fn create_with_terminal(
+    pub(crate) fn create_with_terminal(
         &mut self,
         id: &str,
         spec: Spec,
@@ -266,13 +271,13 @@ impl Guest {
         Ok(accept(&listener))
     }
 
-    pub fn start(&mut self, id: &str) -> Result<Reply, Failure> {
+    pub(crate) fn start(&mut self, id: &str) -> Result<Reply, Failure> {
         self.call(Call::Start {
             container: id.to_owned(),
         })
     }
 
-    pub fn exec(&mut self, id: &str, exec: &str, process: Process) -> Result<Streams, Failure> {
+    pub(crate) fn exec(&mut self, id: &str, exec: &str, process: Process) -> Result<Streams, Failure> {
         let (stdio, ports) = self.stdio();
         self.call(Call::Exec(Box::new(Exec {
             container: id.to_owned(),
@@ -283,7 +288,13 @@ impl Guest {
         Ok(ports.accept())
     }
 
-    pub fn signal(&mut self, id: &str, exec: Option<&str>, signal: i32, all: bool) -> Result<Reply, Failure> {
+    pub(crate) fn signal(
+        &mut self,
+        id: &str,
+        exec: Option<&str>,
+        signal: i32,
+        all: bool,
+    ) -> Result<Reply, Failure> {
         self.call(Call::Signal {
             target: Target {
                 container: id.to_owned(),
@@ -294,14 +305,14 @@ impl Guest {
         })
     }
 
-    pub fn delete(&mut self, id: &str) -> Result<Reply, Failure> {
+    pub(crate) fn delete(&mut self, id: &str) -> Result<Reply, Failure> {
         self.call(Call::Delete {
             container: id.to_owned(),
         })
     }
 
     /// Runs a container to its end: its output, its error output, how it ended.
-    pub fn run(&mut self, id: &str, spec: Spec) -> (String, String, ExitStatus) {
+    pub(crate) fn run(&mut self, id: &str, spec: Spec) -> (String, String, ExitStatus) {
         let streams = self.create(id, spec).unwrap();
         self.start(id).unwrap();
         let (out, err) = streams.finish();
@@ -309,7 +320,7 @@ impl Guest {
     }
 
     /// The cgroups that containers have now.
-    pub fn cgroups(&self) -> Vec<PathBuf> {
+    pub(crate) fn cgroups(&self) -> Vec<PathBuf> {
         let entries = fs::read_dir(&self.cgroup).unwrap().flatten();
         entries
             .map(|entry| entry.path())
@@ -370,29 +381,29 @@ fn accept(listener: &UnixListener) -> UnixStream {
 }
 
 /// The host's ends of a process's streams.
-pub struct Streams {
-    pub stdin: UnixStream,
-    pub stdout: UnixStream,
-    pub stderr: UnixStream,
+pub(crate) struct Streams {
+    pub(crate) stdin: UnixStream,
+    pub(crate) stdout: UnixStream,
+    pub(crate) stderr: UnixStream,
 }
 
 impl Streams {
     /// Ends the input and reads both outputs to their end.
-    pub fn finish(self) -> (String, String) {
+    pub(crate) fn finish(self) -> (String, String) {
         drop(self.stdin);
         (text(self.stdout), text(self.stderr))
     }
 }
 
 /// What is read until the other side ends.
-pub fn text(mut stream: UnixStream) -> String {
+pub(crate) fn text(mut stream: UnixStream) -> String {
     let mut bytes = Vec::new();
     stream.read_to_end(&mut bytes).expect("the stream ends in time");
     String::from_utf8_lossy(&bytes).into_owned()
 }
 
 /// A configuration that runs `script` in a shell.
-pub fn shell(script: &str) -> Value {
+pub(crate) fn shell(script: &str) -> Value {
     json!({
         "ociVersion": "1.3.0",
         "root": {"path": "root"},
@@ -419,7 +430,7 @@ pub fn shell(script: &str) -> Value {
 }
 
 /// A process that runs `script` in a shell as root, with an engine's usual capabilities.
-pub fn process(script: &str) -> Value {
+pub(crate) fn process(script: &str) -> Value {
     let usual = json!([
         "CAP_CHOWN",
         "CAP_KILL",
@@ -440,7 +451,7 @@ pub fn process(script: &str) -> Value {
 }
 
 /// A configuration from its JSON.
-pub fn spec(json: Value) -> Spec {
+pub(crate) fn spec(json: Value) -> Spec {
     serde_json::from_value(json).unwrap()
 }
 
