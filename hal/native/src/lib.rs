@@ -1,0 +1,1 @@
+//! The backend that this build was made for.

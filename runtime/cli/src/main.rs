@@ -1,0 +1,3 @@
+//! The one host binary.
+
+fn main() {}
