@@ -12,7 +12,8 @@ use caisson_devices::vhost_user;
 
 fn main() -> Result<(), Box<dyn Error>> {
     let mut arguments = std::env::args().skip(1);
-    let (Some(directory), Some(socket), Some(tag)) = (arguments.next(), arguments.next(), arguments.next()) else {
+    let (Some(directory), Some(socket), Some(tag)) = (arguments.next(), arguments.next(), arguments.next())
+    else {
         return Err("give a directory, a socket and a tag".into());
     };
     rustix::process::umask(rustix::fs::Mode::empty());

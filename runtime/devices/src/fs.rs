@@ -207,3 +207,7 @@ impl VirtioDevice for Fs {
 /// Length of the tag in configuration space (virtio 1.2, section 5.11.4).
 const TAG: usize = 36;
 const REQUEST_QUEUES: u32 = 1;
+
+#[cfg(test)]
+#[path = "fs/tests.rs"]
+mod tests;
