@@ -7,6 +7,7 @@
 //! or make this process grow without bound.
 #![forbid(unsafe_code)]
 
+pub mod fs;
 pub mod thread;
 pub mod vhost_user;
 pub mod virtio;
