@@ -1,15 +1,18 @@
 //! From the bytes of a kernel to a machine that is ready to run it.
 //!
+//! Only the head of the file is looked at; the rest is named by ranges, so that a kernel can go from its file
+//! into guest memory without a copy in between.
+//!
 //! Two formats are understood: an ELF `vmlinux` and a bzImage, both entered at their 64-bit entry (Linux
 //! `Documentation/arch/x86/boot.rst`, "64-bit Boot Protocol"). What is written where comes back as bytes; writing
 //! it into guest memory is not done here.
 
 use std::ops::Range;
 
-use elf::ElfBytes;
-use elf::abi::{EM_AARCH64, EM_X86_64, ET_DYN, ET_EXEC, PT_LOAD};
+use elf::abi::{EI_NIDENT, EM_AARCH64, EM_X86_64, ET_DYN, ET_EXEC, PT_LOAD};
 use elf::endian::AnyEndian;
-use elf::file::Class;
+use elf::file::{Class, FileHeader, parse_ident};
+use elf::segment::{Elf64_Phdr, SegmentTable};
 
 use crate::acpi;
 use crate::layout::{ECAM, Layout, MIB};
@@ -18,8 +21,8 @@ use crate::regs::{BootRegs, GeneralRegs, Segment, SpecialRegs, Table};
 /// A kernel, taken apart.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BootImage<'a> {
-    /// What goes where. Memory between the end of `bytes` and [`BootImage::end`] must be zero, which new memory is.
-    pub segments: Vec<Load<'a>>,
+    /// What goes where. The memory between and behind them must be zero, which new memory is.
+    pub segments: Vec<Load>,
     /// Address of the first instruction.
     pub entry: u64,
     /// What is known of the boot protocol.
@@ -28,13 +31,13 @@ pub struct BootImage<'a> {
     pub end: u64,
 }
 
-/// Bytes and their address.
+/// A part of the kernel's file and its address.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Load<'a> {
+pub struct Load {
     /// Guest-physical address.
     pub at: u64,
-    /// What is there.
-    pub bytes: &'a [u8],
+    /// Which bytes of the file go there.
+    pub bytes: Range<u64>,
 }
 
 /// Where a kernel's entry conditions come from.
@@ -112,6 +115,9 @@ pub struct Handover<'a> {
     pub vcpus: u32,
 }
 
+/// How much of a kernel's file tells what it is.
+pub const HEAD: usize = 64 * 1024;
+
 const GDT: u64 = 0x500;
 const ZERO_PAGE: u64 = 0x7000;
 const PML4: u64 = 0x9000;
@@ -132,13 +138,13 @@ const PAGE: u64 = 4096;
 const LARGE_PAGE: u64 = 2 * MIB;
 
 impl<'a> BootImage<'a> {
-    /// Recognises and checks a kernel, and decides where it goes.
+    /// Recognises and checks a kernel of `len` bytes by its first [`HEAD`], and decides where it goes.
     ///
     /// # Errors
-    /// Fails if `image` is no kernel, damaged, for another architecture, or too large for the memory.
-    pub fn parse(image: &'a [u8], layout: &Layout) -> Result<Self, BootError> {
+    /// Fails if it is no kernel, damaged, for another architecture, or too large for the memory.
+    pub fn parse(image: &'a [u8], len: u64, layout: &Layout) -> Result<Self, BootError> {
         if image.starts_with(b"\x7fELF") {
-            return parse_elf(image, layout);
+            return parse_elf(image, len, layout);
         }
         // Magic of the arm64 `Image`, at 56 (Documentation/arch/arm64/booting.rst).
         if image.get(56..60) == Some(b"ARM\x64".as_slice()) {
@@ -146,7 +152,7 @@ impl<'a> BootImage<'a> {
         }
         // `HdrS`, at 0x202 (boot.rst, "The Real-Mode Kernel Header").
         if image.get(0x202..0x206) == Some(b"HdrS".as_slice()) {
-            return parse_bzimage(image, layout);
+            return parse_bzimage(image, len, layout);
         }
         Err(BootError::NotAKernel)
     }
@@ -300,31 +306,49 @@ fn memory_map(layout: &Layout) -> Vec<(Range<u64>, u32)> {
     map
 }
 
-fn parse_elf<'a>(image: &'a [u8], layout: &Layout) -> Result<BootImage<'a>, BootError> {
-    let file =
-        ElfBytes::<AnyEndian>::minimal_parse(image).map_err(|_| BootError::Corrupt("its ELF header"))?;
-    match file.ehdr.e_machine {
+fn parse_elf<'a>(image: &'a [u8], len: u64, layout: &Layout) -> Result<BootImage<'a>, BootError> {
+    let corrupt = |_| BootError::Corrupt("its ELF header");
+    // The crate trusts the identification to be whole.
+    let Some((ident, tail)) = image.split_at_checked(EI_NIDENT) else {
+        return Err(BootError::Corrupt("its ELF header"));
+    };
+    let ident = parse_ident::<AnyEndian>(ident).map_err(corrupt)?;
+    let file = FileHeader::parse_tail(ident, tail).map_err(corrupt)?;
+    match file.e_machine {
         EM_X86_64 => {}
         EM_AARCH64 => return Err(BootError::OtherArchitecture("aarch64")),
         _ => return Err(BootError::OtherArchitecture("another architecture")),
     }
-    if file.ehdr.class != Class::ELF64 || !matches!(file.ehdr.e_type, ET_EXEC | ET_DYN) {
+    if file.class != Class::ELF64 || !matches!(file.e_type, ET_EXEC | ET_DYN) {
         return Err(BootError::NotAKernel);
     }
-    let headers = file.segments().ok_or(BootError::Corrupt("it has no segments"))?;
+    if usize::from(file.e_phentsize) != size_of::<Elf64_Phdr>() {
+        return Err(BootError::Corrupt("its ELF header"));
+    }
+    let headers = usize::try_from(file.e_phoff)
+        .ok()
+        .and_then(|start| {
+            Some(start..start.checked_add(usize::from(file.e_phnum) * size_of::<Elf64_Phdr>())?)
+        })
+        .and_then(|headers| image.get(headers))
+        .ok_or(BootError::Corrupt("its program headers lie beyond its head"))?;
     let mut segments = Vec::new();
     let mut end = 0;
-    for header in headers.iter().filter(|header| header.p_type == PT_LOAD) {
-        let bytes = file
-            .segment_data(&header)
-            .map_err(|_| BootError::Corrupt("a segment lies beyond the end of the file"))?;
+    for header in SegmentTable::new(file.endianness, file.class, headers) {
+        if header.p_type != PT_LOAD || header.p_memsz == 0 {
+            continue;
+        }
+        let bytes_end = header
+            .p_offset
+            .checked_add(header.p_filesz)
+            .filter(|end| *end <= len);
+        let Some(bytes_end) = bytes_end else {
+            return Err(BootError::Corrupt("a segment lies beyond the end of the file"));
+        };
         if header.p_memsz < header.p_filesz {
             return Err(BootError::Corrupt(
                 "a segment is larger in the file than in memory",
             ));
-        }
-        if header.p_memsz == 0 {
-            continue;
         }
         let top = header
             .p_paddr
@@ -336,13 +360,13 @@ fn parse_elf<'a>(image: &'a [u8], layout: &Layout) -> Result<BootImage<'a>, Boot
         end = end.max(top);
         segments.push(Load {
             at: header.p_paddr,
-            bytes,
+            bytes: header.p_offset..bytes_end,
         });
     }
     if segments.is_empty() {
         return Err(BootError::Corrupt("it has nothing to load"));
     }
-    let entry = file.ehdr.e_entry;
+    let entry = file.e_entry;
     if !(MIB..end).contains(&entry) {
         return Err(BootError::Corrupt("its entry lies outside its segments"));
     }
@@ -365,7 +389,7 @@ fn fits(end: u64, layout: &Layout) -> Result<(), BootError> {
     })
 }
 
-fn parse_bzimage<'a>(image: &'a [u8], layout: &Layout) -> Result<BootImage<'a>, BootError> {
+fn parse_bzimage<'a>(image: &'a [u8], len: u64, layout: &Layout) -> Result<BootImage<'a>, BootError> {
     // Field offsets: boot.rst, "Details of Header Fields".
     let field = Fields(image);
     if field.u16(0x206)? < 0x020C {
@@ -377,14 +401,12 @@ fn parse_bzimage<'a>(image: &'a [u8], layout: &Layout) -> Result<BootImage<'a>, 
     }
     let setup_sectors = match field.u8(0x1F1)? {
         0 => 4,
-        sectors => usize::from(sectors),
+        sectors => u64::from(sectors),
     };
-    let kernel = image
-        .get((setup_sectors + 1) * 512..)
-        .ok_or(BootError::Corrupt("it ends within its setup code"))?;
-    // syssize, in units of 16 bytes; the last may be incomplete in files that were never signed.
+    let start = (setup_sectors + 1) * 512;
+    // syssize, in units of 16 bytes; the last unit may be incomplete.
     let size = u64::from(field.u32(0x1F4)?) * 16;
-    if size == 0 || (kernel.len() as u64).next_multiple_of(16) < size {
+    if size == 0 || len.saturating_sub(start).next_multiple_of(16) < size {
         return Err(BootError::Corrupt("it is shorter than its header says"));
     }
     let header_end = 0x202 + usize::from(field.u8(0x201)?);
@@ -395,7 +417,10 @@ fn parse_bzimage<'a>(image: &'a [u8], layout: &Layout) -> Result<BootImage<'a>, 
     let init_size = u64::from(field.u32(0x260)?).max(size);
     let at = load_address(&field, init_size, layout)?;
     Ok(BootImage {
-        segments: vec![Load { at, bytes: kernel }],
+        segments: vec![Load {
+            at,
+            bytes: start..len.min(start + size),
+        }],
         entry: at + 0x200,
         protocol: Protocol::BzImage(SetupHeader {
             bytes: header,
