@@ -7,6 +7,7 @@
 //! or make this process grow without bound.
 #![forbid(unsafe_code)]
 
+pub mod net;
 pub mod pci;
 pub mod serial;
 pub mod thread;
