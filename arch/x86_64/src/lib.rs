@@ -3,7 +3,10 @@
 //! Registers, saved state and the CPUID policy, in the architecture's own terms and in no hypervisor's layout.
 #![forbid(unsafe_code)]
 
+pub mod acpi;
+pub mod boot;
 pub mod cpuid;
+pub mod layout;
 pub mod regs;
 pub mod state;
 
