@@ -9,6 +9,7 @@
 pub mod net;
 pub mod pci;
 pub mod serial;
+pub mod fs;
 pub mod thread;
 pub mod vhost_user;
 pub mod virtio;
