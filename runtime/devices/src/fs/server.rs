@@ -95,6 +95,11 @@ impl Server {
         })
     }
 
+    /// Whether a session is under way.
+    pub(super) fn is_started(&self) -> bool {
+        self.started
+    }
+
     /// Serves one request. Whatever it holds, there is an answer, or silence where the protocol has none.
     pub(super) fn serve(&mut self, mut input: Buffers<'_>, mut output: Buffers<'_>) -> Outcome {
         let mut header = InHeader::new_zeroed();

@@ -76,6 +76,11 @@ impl Traffic {
         })
     }
 
+    /// Whether a guest has files mounted.
+    pub(super) fn has_session(&self) -> bool {
+        self.server.is_started()
+    }
+
     /// Starts the threads that slow requests wait on.
     pub(super) fn start(&mut self, threads: &Threads) -> io::Result<()> {
         if Arc::strong_count(&self.bell) > STRAGGLERS {
