@@ -228,3 +228,7 @@ const REQUEST_QUEUES: u32 = 1;
 #[cfg(test)]
 #[path = "fs/tests.rs"]
 mod tests;
+
+#[cfg(test)]
+#[path = "fs/device_tests.rs"]
+mod device_tests;
