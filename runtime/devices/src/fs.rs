@@ -20,6 +20,7 @@ use std::sync::Arc;
 
 use rustix::fs::{CWD, Mode, OFlags, openat};
 use rustix::process::{Resource, getrlimit};
+use serde_json::json;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
@@ -202,6 +203,22 @@ impl VirtioDevice for Fs {
             }
         }
     }
+
+    fn save(&self) -> serde_json::Value {
+        let session = !matches!(&self.state, State::Resting(traffic) if !traffic.has_session());
+        json!({ "version": 1, "session": session })
+    }
+
+    /// A template is taken before its guest mounts anything; a session that is under way cannot be taken elsewhere.
+    fn restore(&mut self, state: &serde_json::Value) -> Result<(), String> {
+        if state["version"] != 1 {
+            return Err("the state is not one of this file device's".into());
+        }
+        if state["session"] != false {
+            return Err("the guest had mounted files when its state was saved; they cannot follow it".into());
+        }
+        Ok(())
+    }
 }
 
 /// Length of the tag in configuration space (virtio 1.2, section 5.11.4).
@@ -211,3 +228,7 @@ const REQUEST_QUEUES: u32 = 1;
 #[cfg(test)]
 #[path = "fs/tests.rs"]
 mod tests;
+
+#[cfg(test)]
+#[path = "fs/device_tests.rs"]
+mod device_tests;

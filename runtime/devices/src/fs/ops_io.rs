@@ -19,7 +19,7 @@ use super::abi::{
 };
 use super::buffers::Buffers;
 use super::nodes::{Stamp, name, stat};
-use super::server::{Caller, Handle, Reply, Server, take};
+use super::server::{Caller, Handle, Reply, Server, TRANSFER, take};
 
 /// Most bytes of one directory reply.
 const DIRECTORY: usize = 64 * 1024;
@@ -164,7 +164,7 @@ impl Server {
         let (request, _): (ReadIn, _) = take(bytes)?;
         let handle = self.handle(request.handle.get())?;
         let mut room = output.split_behind(size_of::<OutHeader>()).ok_or(Errno::INVAL)?;
-        room.truncate(request.size.get() as usize);
+        room.truncate(request.size.get().min(TRANSFER) as usize);
         let file = handle.file.as_fd();
         seek(file, SeekFrom::Start(signed(request.offset.get())?))?;
         Ok(Reply::Filled(room.fill(file)?))
@@ -174,7 +174,7 @@ impl Server {
         let mut request = WriteIn::default();
         input.read(request.as_mut_bytes()).ok_or(Errno::INVAL)?;
         let size = request.size.get() as usize;
-        if size != input.len() {
+        if size != input.len() || request.size.get() > TRANSFER {
             return Err(Errno::INVAL);
         }
         let handle = self.handle(request.handle.get())?;

@@ -15,7 +15,7 @@ use super::buffers::Buffers;
 use super::nodes::Nodes;
 
 /// Most bytes that one READ or WRITE moves: [`PAGES`] pages of 4 KiB.
-const TRANSFER: u32 = 1 << 20;
+pub(super) const TRANSFER: u32 = 1 << 20;
 const PAGES: u16 = 256;
 /// Most bytes of arguments besides written data: the longest are an attribute of 64 KiB and a list of nodes to forget.
 const ARGUMENTS: usize = 128 * 1024;
@@ -93,6 +93,11 @@ impl Server {
             next_handle: 1,
             started: false,
         })
+    }
+
+    /// Whether a session is under way.
+    pub(super) fn is_started(&self) -> bool {
+        self.started
     }
 
     /// Serves one request. Whatever it holds, there is an answer, or silence where the protocol has none.

@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, Sender, SyncSender, TrySendError, channel, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -20,8 +21,8 @@ use crate::virtio::{ActiveQueue, DriverFault, Memory, Queue, QueueHandler, Queue
 
 /// Threads for slow requests.
 const WAITERS: usize = 2;
-/// Slow requests that wait for such a thread; with more, the queues wait as well.
-const WAITING: usize = 64;
+/// Slow requests that wait for such a thread: both queues together have no more descriptors.
+const WAITING: usize = DESCRIPTORS;
 /// Requests served between two looks at what else there is to do.
 const TURN: usize = 64;
 /// Most threads that may still be busy with requests of earlier activations.
@@ -43,6 +44,8 @@ pub(super) struct Traffic {
     jobs: Option<SyncSender<(u64, BoxedJob)>>,
     done: (Sender<Answer>, Receiver<Answer>),
     bell: Arc<Event>,
+    /// Tells the threads of this activation that nobody wants their answers any more.
+    given_up: Arc<AtomicBool>,
 }
 
 #[derive(Debug)]
@@ -73,7 +76,13 @@ impl Traffic {
             jobs: None,
             done: channel(),
             bell: Arc::new(Event::new()?),
+            given_up: Arc::default(),
         })
+    }
+
+    /// Whether a guest has files mounted.
+    pub(super) fn has_session(&self) -> bool {
+        self.server.is_started()
     }
 
     /// Starts the threads that slow requests wait on.
@@ -83,14 +92,19 @@ impl Traffic {
         }
         let (jobs, queue) = sync_channel::<(u64, BoxedJob)>(WAITING);
         let queue = Arc::new(Mutex::new(queue));
+        self.given_up = Arc::default();
         for _ in 0..WAITERS {
             let (queue, answers, bell) = (queue.clone(), self.done.0.clone(), self.bell.clone());
+            let given_up = self.given_up.clone();
             threads.spawn(Role::Files, "files-slow", move || {
                 loop {
                     let next = queue.lock().unwrap_or_else(PoisonError::into_inner).recv();
                     let Ok((ticket, job)) = next else {
                         return; // the device rests
                     };
+                    if given_up.load(Ordering::Acquire) {
+                        continue;
+                    }
                     if answers.send((ticket, (job.0)())).is_err() {
                         return;
                     }
@@ -116,6 +130,7 @@ impl Traffic {
             let left = deadline.saturating_duration_since(Instant::now());
             let answer = match self.done.1.recv_timeout(left) {
                 Ok(answer) => answer,
+                Err(_) if !self.given_up.swap(true, Ordering::AcqRel) => continue,
                 Err(_) => match self.pending.keys().next() {
                     Some(ticket) => (*ticket, Err(Errno::INTR)),
                     None => break,
@@ -170,11 +185,9 @@ impl Traffic {
                 self.pending.insert(ticket, pending);
                 Ok(None)
             }
-            // Too many are waiting already: this one holds up the queue.
-            Err(std::sync::mpsc::TrySendError::Full((_, job))) => pending.answer((job.0)(), memory).map(Some),
-            Err(std::sync::mpsc::TrySendError::Disconnected(_)) => {
-                pending.answer(Err(Errno::INTR), memory).map(Some)
-            }
+            // Only a driver that makes a descriptor available twice gets here.
+            Err(TrySendError::Full(_)) => pending.answer(Err(Errno::NOMEM), memory).map(Some),
+            Err(TrySendError::Disconnected(_)) => pending.answer(Err(Errno::INTR), memory).map(Some),
         }
     }
 }
