@@ -9,6 +9,8 @@
 pub mod balloon;
 pub mod blk;
 pub mod console;
+pub mod fs;
+pub mod net;
 pub mod pci;
 pub mod rng;
 pub mod serial;
