@@ -19,3 +19,7 @@ pub mod thread;
 pub mod vhost_user;
 pub mod virtio;
 pub mod vsock;
+
+#[cfg(test)]
+#[expect(clippy::cast_possible_truncation, reason = "test values are small")]
+mod tests;

@@ -164,3 +164,54 @@ pub(crate) fn serve(
 pub(crate) const TURN_CHAINS: usize = 256;
 /// Bytes after which a turn ends.
 pub(crate) const TURN_BYTES: u64 = 32 << 20;
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use caisson_hal::os::Event;
+    use virtio_queue::Queue;
+
+    use super::*;
+    use crate::virtio::Signal;
+
+    #[derive(Debug)]
+    struct Quiet;
+
+    impl Signal for Quiet {
+        fn signal(&self) {}
+    }
+
+    #[test]
+    fn a_turn_ends_although_there_is_always_another_chain() {
+        for (cost, want) in [(1, TURN_CHAINS), (TURN_BYTES / 4, 4)] {
+            let memory = Memory::from_ranges(&[(GuestAddress(0), 0x1_0000)]).unwrap();
+            let mut queue = Queue::new(16).unwrap();
+            queue.set_desc_table_address(Some(0x1000), None);
+            queue.set_avail_ring_address(Some(0x2000), None);
+            queue.set_used_ring_address(Some(0x3000), None);
+            queue.set_ready(true);
+            let mut active = ActiveQueue {
+                queue,
+                kick: Event::new().unwrap(),
+                interrupt: Arc::new(Quiet),
+            };
+            let mut available = 0u16;
+            let mut offer = || {
+                available = available.wrapping_add(1);
+                memory.write_obj(available, GuestAddress(0x2002)).unwrap();
+            };
+            offer();
+            let mut chains = 0;
+            serve(&mut active, &memory, |_| {
+                chains += 1;
+                assert!(chains < 10_000, "the turn has no end");
+                offer();
+                Ok(cost)
+            })
+            .unwrap();
+            assert_eq!(chains, want);
+            assert!(active.kick.clear(), "nobody would look at the rest");
+        }
+    }
+}
