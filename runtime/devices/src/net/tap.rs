@@ -54,4 +54,28 @@ mod tests {
         let no_tap = rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC).unwrap();
         assert!(set_offloads(&no_tap, Offloads::default()).is_err());
     }
+
+    /// Needs root; the tap goes away with its descriptor.
+    #[test]
+    fn a_tap_takes_what_a_driver_can_agree_to() {
+        let flags = rustix::fs::OFlags::RDWR | rustix::fs::OFlags::CLOEXEC;
+        let tap = rustix::fs::open("/dev/net/tun", flags, rustix::fs::Mode::empty()).unwrap();
+        let mut request = [0u8; 40]; // `struct ifreq` (netdevice(7)): a name of the kernel's choice, flags
+        request[16..18].copy_from_slice(&0x5002u16.to_ne_bytes()); // IFF_TAP | IFF_NO_PI | IFF_VNET_HDR
+        const TUNSETIFF: rustix::ioctl::Opcode = opcode::write::<std::ffi::c_uint>(b'T', 202);
+        // SAFETY: TUNSETIFF reads and writes a `struct ifreq`, which is as large as `request`.
+        let update = unsafe { rustix::ioctl::Updater::<TUNSETIFF, _>::new(&mut request) };
+        // SAFETY: as above; `request` outlives the call.
+        unsafe { ioctl(&tap, update) }.unwrap();
+        for bits in 0..16u8 {
+            let checksum = bits & 1 != 0;
+            let offloads = Offloads {
+                checksum,
+                tcp4: checksum && bits & 2 != 0,
+                tcp6: checksum && bits & 4 != 0,
+                ecn: bits & 8 != 0,
+            };
+            set_offloads(&tap, offloads).unwrap();
+        }
+    }
 }

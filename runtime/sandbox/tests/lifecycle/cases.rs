@@ -52,6 +52,8 @@ cases![
     deleting_is_idempotent_with_force,
     hooks_run_in_order_and_a_failing_one_undoes_everything,
     a_new_network_namespace_is_found_through_the_pid,
+    what_a_hook_puts_into_the_network_namespace_reaches_the_guest,
+    the_host_s_network_is_not_given_to_a_guest,
     every_process_is_in_the_cgroup_and_the_cgroup_goes,
     a_terminal_is_sent_to_the_console_socket,
     a_new_size_of_the_terminal_reaches_the_guest,
@@ -576,6 +578,47 @@ fn a_new_network_namespace_is_found_through_the_pid() {
     let pid = world.runtime.state(&order.id).unwrap().pid;
     let namespace = |pid: &str| std::fs::read_link(format!("/proc/{pid}/ns/net")).unwrap();
     assert_ne!(namespace(&pid.to_string()), namespace("self"));
+    world.delete("c", Force::Yes);
+    world.assert_nothing_left();
+}
+
+/// As dockerd does it: the namespace is empty until a hook finds it through the stand-in's pid.
+fn what_a_hook_puts_into_the_network_namespace_reaches_the_guest() {
+    let world = World::new();
+    let script = r#"pid=$(grep -o '"pid":[0-9]*'); exec nsenter --net=/proc/${pid#*:}/ns/net sh -ec '
+        ip link add eth0 type veth peer name far0
+        ip link add br0 type bridge
+        ip link set far0 master br0 up
+        ip link set eth0 address 02:00:00:00:00:07 mtu 1400 up
+        ip address add 10.77.0.2/24 dev eth0
+        ip route add default via 10.77.0.1'"#;
+    let hook = HookBuilder::default()
+        .path("/bin/sh")
+        .args(["sh", "-ec", script].map(str::to_owned))
+        .env(["PATH=/usr/sbin:/usr/bin:/sbin:/bin".to_owned()])
+        .build()
+        .unwrap();
+    let mut order = world.order(Verb::Create, "c", "network", &["sleep"]);
+    let container = order.container.as_mut().unwrap();
+    container.netns = NetworkNamespace::New;
+    container.hooks.prestart = vec![hook];
+    let outcome = order.run();
+    assert!(outcome.status.success(), "{outcome:?} {}", world.log("c"));
+    world.delete("c", Force::Yes);
+    world.assert_nothing_left();
+}
+
+fn the_host_s_network_is_not_given_to_a_guest() {
+    let world = World::new();
+    let mut order = world.order(Verb::Create, "c", "offline", &["sleep"]);
+    order.container.as_mut().unwrap().netns = NetworkNamespace::Path("/proc/self/ns/net".into());
+    let outcome = order.run();
+    assert!(outcome.status.success(), "{outcome:?} {}", world.log("c"));
+    assert!(
+        world.log("c").contains("has its loopback only"),
+        "{}",
+        world.log("c")
+    );
     world.delete("c", Force::Yes);
     world.assert_nothing_left();
 }

@@ -38,6 +38,12 @@ pub(crate) fn main() -> ExitCode {
 }
 
 fn boot(launch: &Launch, descriptors: &[OwnedFd], sender: &ToSupervisor) {
+    let nets: Vec<_> = launch.nets.iter().map(|net| (net.mac, net.mtu)).collect();
+    match launch.cmdline.as_str() {
+        "network" => assert_eq!(nets, [([2, 0, 0, 0, 0, 7], 1400)]),
+        "offline" => assert_eq!(nets, []),
+        _ => {}
+    }
     let console = &descriptors[launch.console.unwrap().0 as usize];
     rustix::io::write(console, b"guest console: early message\n").unwrap();
     match launch.cmdline.as_str() {
@@ -186,6 +192,13 @@ impl Agent {
         match call {
             Call::Setup(setup) => {
                 assert!(setup.time_ns > 0 && setup.entropy.iter().any(|byte| *byte != 0));
+                if self.mode == "network" {
+                    let eth0 = setup.interfaces.first().expect("there is an interface");
+                    let address = ("10.77.0.2".parse().unwrap(), 24);
+                    assert_eq!((&*eth0.name, &*eth0.addresses), ("eth0", &[address][..]));
+                    let gateway = Some("10.77.0.1".parse().unwrap());
+                    assert!(setup.routes.iter().any(|route| route.via == gateway));
+                }
             }
             Call::Create(create) => {
                 let target = Target {
