@@ -12,7 +12,7 @@ use caisson_devices::pci::{PciRoot, PciRootConfig};
 use caisson_devices::serial::Serial;
 use caisson_devices::thread::Threads;
 use caisson_devices::virtio::VirtioDevice;
-use caisson_devices::vsock::Vsock;
+use caisson_devices::vsock::{GUEST_CID, Vsock};
 use caisson_hal::{Access, Hypervisor, Line, Seat as _, Vm as _, VmSpec};
 use caisson_machine::{BuildError, Machine, Setup};
 use caisson_wire::vmm::Usage;
@@ -25,9 +25,6 @@ use crate::vcpu::{Ending, PATIENCE, VcpuThread};
 
 /// Most vCPUs of a machine.
 const MOST_VCPUS: u32 = 64;
-/// The guest's address on its vsock: the first that is not reserved (virtio 1.2, 5.10.4). Each machine has a vsock of
-/// its own, so all guests can have the same.
-const GUEST_CID: u64 = 3;
 
 /// Builds the machine over the hypervisor `H`.
 ///
