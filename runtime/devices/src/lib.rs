@@ -6,10 +6,20 @@
 //! **Invariant:** nothing a guest writes to a register, a queue or a buffer can panic, block without bound
 //! or make this process grow without bound.
 
+pub mod balloon;
+pub mod blk;
+pub mod console;
+pub mod fs;
 pub mod net;
 pub mod pci;
+pub mod rng;
 pub mod serial;
+mod sys;
 pub mod thread;
 pub mod vhost_user;
 pub mod virtio;
 pub mod vsock;
+
+#[cfg(test)]
+#[expect(clippy::cast_possible_truncation, reason = "test values are small")]
+mod tests;

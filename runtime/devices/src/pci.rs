@@ -341,4 +341,8 @@ fn decode(offset: u64) -> Option<(u8, usize)> {
 const SLOTS: u8 = 31;
 
 #[cfg(test)]
+#[expect(clippy::cast_possible_truncation, reason = "test values are small")]
+pub(crate) mod driver;
+#[cfg(test)]
+#[expect(clippy::cast_possible_truncation, reason = "test values are small")]
 mod tests;

@@ -320,6 +320,24 @@ fn resets_that_the_guest_does_not_take_hold_up_its_own_packets_only() {
 }
 
 #[test]
+fn a_turn_ends_with_its_budget_and_the_rest_is_looked_at_later() {
+    let mut driver = Driver::new();
+    for _ in 0..SIZE {
+        driver.offer(TX, u32::try_from(HEADER).unwrap()); // zeros: from nobody, to nobody
+    }
+    driver.traffic.budget = 5;
+    driver
+        .traffic
+        .receive(&mut driver.queues, &driver.memory)
+        .unwrap();
+    let tx = driver.queues[TX].as_ref().unwrap();
+    assert_eq!(tx.queue.next_avail(), 5);
+    assert!(tx.kick.clear());
+    driver.kick(TX).unwrap();
+    assert_eq!(driver.queues[TX].as_ref().unwrap().queue.next_avail(), SIZE);
+}
+
+#[test]
 fn random_packets_neither_panic_nor_outgrow_the_bounds() {
     let mut state = 0x9e37_79b9_7f4a_7c15_u64;
     let mut next = move || {

@@ -15,6 +15,7 @@ use zerocopy::{FromZeros, IntoBytes};
 use super::HostPorts;
 use super::connection::Connection;
 use super::packet::{HEADER, Header, Op, STREAM};
+use crate::virtio::buffers::TURN_CHAINS;
 use crate::virtio::{ActiveQueue, DriverFault, Memory, QueueHandler, QueueOwnedT, QueueT};
 
 /// Most connections at a time; one more is refused.
@@ -46,6 +47,8 @@ pub(super) struct Traffic {
     /// The receive queue is out of buffers: reading from the host would be pointless.
     starved: bool,
     restored: bool,
+    /// Chains left in this turn.
+    budget: usize,
     /// What the last [`QueueHandler::sources`] named, in its order.
     polled: RefCell<Vec<Key>>,
 }
@@ -60,6 +63,7 @@ impl Traffic {
             resets: VecDeque::new(),
             starved: false,
             restored: false,
+            budget: TURN_CHAINS,
             polled: RefCell::default(),
         }
     }
@@ -77,12 +81,17 @@ impl Traffic {
         };
         let mut used = false;
         while self.resets.len() < RESETS {
+            if self.budget == 0 {
+                tx.kick.signal();
+                break;
+            }
             let Some(chain) = tx.queue.iter(memory)?.next() else {
                 if tx.queue.enable_notification(memory)? {
                     continue;
                 }
                 break;
             };
+            self.budget -= 1;
             let head = chain.head_index();
             let parts = parts(chain.readable());
             self.packet(&parts, memory)?;
@@ -217,6 +226,10 @@ impl Traffic {
         let mut used = false;
         self.starved = false;
         while !(self.resets.is_empty() && self.turns.is_empty()) {
+            if self.budget == 0 {
+                rx.kick.signal();
+                break;
+            }
             let Some(chain) = rx.queue.iter(memory)?.next() else {
                 if rx.queue.enable_notification(memory)? {
                     continue;
@@ -224,6 +237,7 @@ impl Traffic {
                 self.starved = true;
                 break;
             };
+            self.budget -= 1;
             let head = chain.head_index();
             let (front, room) = split(&parts(chain.writable()), HEADER);
             if front.iter().map(|(_, len)| len).sum::<usize>() < HEADER || room.is_empty() {
@@ -322,7 +336,7 @@ impl Traffic {
         loop {
             let full = self.resets.len() >= RESETS;
             self.send(queues, memory)?;
-            if !full || self.resets.len() >= RESETS {
+            if !full || self.resets.len() >= RESETS || self.budget == 0 {
                 return Ok(());
             }
             self.receive(queues, memory)?;
@@ -337,6 +351,7 @@ impl QueueHandler for Traffic {
         queues: &mut [Option<ActiveQueue>],
         memory: &Memory,
     ) -> Result<(), DriverFault> {
+        self.budget = TURN_CHAINS;
         match index {
             TX => self.receive(queues, memory)?,
             EVENT => self.event(queues, memory)?,
@@ -367,6 +382,7 @@ impl QueueHandler for Traffic {
         queues: &mut [Option<ActiveQueue>],
         memory: &Memory,
     ) -> Result<(), DriverFault> {
+        self.budget = TURN_CHAINS;
         let polled = std::mem::take(self.polled.get_mut());
         for (place, _) in ready {
             let Some(key) = polled.get(*place).copied() else {

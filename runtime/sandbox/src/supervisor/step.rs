@@ -144,6 +144,7 @@ impl State {
                 out.push(Effect::Stream(StreamUse::Drop));
                 return;
             }
+            tracing::info!("the guest's agent dialed in");
             out.push(Effect::Stream(StreamUse::Agent));
             out.push(Effect::Disarm(Timer::Boot));
             self.phase = Phase::Ready;

@@ -75,7 +75,8 @@ impl State {
                 }));
                 out.push(Effect::Arm(Timer::Order(id), USAGE_LIMIT));
             }
-            (What::Setup | What::Resize | What::Delete(_), AgentReply::Done) => {}
+            (What::Setup, AgentReply::Done) => tracing::info!("the guest was set up"),
+            (What::Resize | What::Delete(_), AgentReply::Done) => {}
             // The power goes next; the vmm process reports it.
             (What::Shutdown, AgentReply::Done) => {}
             (What::Signal { .. } | What::Update, AgentReply::Done) => answer(token, Ok(Reply::Done), out),
@@ -112,6 +113,7 @@ impl State {
         if container.status != Status::Creating {
             return; // it has ended already
         }
+        tracing::info!(container = id, "the container was created");
         container.status = Status::Created;
         out.push(Effect::Persist);
         if !container.start {
@@ -125,6 +127,7 @@ impl State {
         };
         // It may have run and ended before this answer.
         if matches!(container.status, Status::Created | Status::Creating) {
+            tracing::info!(container = id, "the container's process was started");
             container.status = Status::Running;
             out.push(Effect::Persist);
         }
