@@ -7,15 +7,19 @@ use std::time::Instant;
 
 use caisson_arch_x86_64::layout::{COM1_IRQ, Layout, WINDOW32};
 use caisson_arch_x86_64::{BootRegs, CpuPolicy, IrqLayout, X86_64};
+use caisson_devices::balloon::Balloon;
+use caisson_devices::blk::{Blk, BlkConfig};
+use caisson_devices::fs::{Fs, FsConfig, Limits, own_descriptors};
 use caisson_devices::net::{Net, NetConfig};
 use caisson_devices::pci::{PciRoot, PciRootConfig};
+use caisson_devices::rng::Rng;
 use caisson_devices::serial::Serial;
 use caisson_devices::thread::Threads;
 use caisson_devices::virtio::VirtioDevice;
-use caisson_devices::vsock::Vsock;
+use caisson_devices::vsock::{GUEST_CID, Vsock};
 use caisson_hal::{Access, Hypervisor, Line, Seat as _, Vm as _, VmSpec};
 use caisson_machine::{BuildError, Machine, Setup};
-use caisson_wire::vmm::Usage;
+use caisson_wire::vmm::{SHARE_TAG, Usage};
 
 use crate::bus::{Bus, BusPort};
 use crate::doorbells::DoorbellTable;
@@ -25,9 +29,6 @@ use crate::vcpu::{Ending, PATIENCE, VcpuThread};
 
 /// Most vCPUs of a machine.
 const MOST_VCPUS: u32 = 64;
-/// The guest's address on its vsock: the first that is not reserved (virtio 1.2, 5.10.4). Each machine has a vsock of
-/// its own, so all guests can have the same.
-const GUEST_CID: u64 = 3;
 
 /// Builds the machine over the hypervisor `H`.
 ///
@@ -148,7 +149,34 @@ pub(crate) fn assemble<H: Hypervisor<Arch = X86_64>>(
 
 /// The devices of the plan, in the order of their slots: those that every machine has first.
 fn devices(setup: &mut Setup) -> Result<Vec<Box<dyn VirtioDevice>>, BuildError> {
-    let mut devices: Vec<Box<dyn VirtioDevice>> = vec![Box::new(Vsock::new(GUEST_CID, setup.ports.clone()))];
+    let mut devices: Vec<Box<dyn VirtioDevice>> = vec![
+        Box::new(Vsock::new(GUEST_CID, setup.ports.clone())),
+        Box::new(Rng::new()),
+        Box::new(Balloon::new()),
+    ];
+    if let Some(share) = setup.launch.share {
+        const STAGE: &str = "serve the shared directory";
+        // The guest's own mask has been applied to the modes that it asks for.
+        rustix::process::umask(rustix::fs::Mode::empty());
+        devices.push(Box::new(
+            Fs::new(FsConfig {
+                tag: SHARE_TAG.to_owned(),
+                root: setup.descriptors.take(share, STAGE)?,
+                descriptors: own_descriptors().map_err(stage(STAGE))?,
+                limits: Limits::of_process(),
+            })
+            .map_err(stage(STAGE))?,
+        ));
+    }
+    for disk in &setup.launch.disks {
+        const STAGE: &str = "take a disk's image";
+        let config = BlkConfig {
+            image: File::from(setup.descriptors.take(disk.image, STAGE)?),
+            read_only: disk.read_only,
+            serial: disk.serial.clone(),
+        };
+        devices.push(Box::new(Blk::new(config).map_err(stage(STAGE))?));
+    }
     for net in &setup.launch.nets {
         devices.push(Box::new(Net::new(NetConfig {
             tap: setup.descriptors.take(net.tap, "take a tap's descriptor")?,

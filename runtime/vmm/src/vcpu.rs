@@ -137,7 +137,8 @@ impl VcpuThread {
 
     /// Lets it run.
     pub(crate) fn run(&self) {
-        self.order(Order::Run);
+        // It waits for this order, or has one before it that it comes out for: no kick.
+        let _ = self.orders.send(Order::Run);
     }
 
     /// Takes it out of the guest; [`VcpuThread::paused`] waits for that.
