@@ -9,6 +9,7 @@ mod child;
 mod emulate;
 mod guest;
 mod lint;
+mod matrix;
 mod setup;
 mod test;
 
@@ -39,6 +40,12 @@ enum Command {
         /// For which architecture.
         #[arg(long, value_enum, default_value = "x86_64")]
         arch: guest::Arch,
+    },
+    /// Prints the support table of ci/matrix.toml.
+    Matrix {
+        /// Writes it into README.md instead.
+        #[arg(long)]
+        write: bool,
     },
     /// Runs a program on an emulated host that has a real /dev/kvm.
     Emulate(emulate::Emulation),
@@ -73,6 +80,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
                 println!("{}", assets.initramfs().display());
             }
         }
+        Command::Matrix { write } => matrix::run(&root, write)?,
         Command::Emulate(emulation) => return emulate::command(&emulation),
         Command::Test { list: true, .. } => test::list(),
         Command::Test { parts, .. } => test::run(&root, &parts)?,

@@ -4,6 +4,7 @@
 //! of what it was made from.
 
 pub(crate) mod apt;
+mod boot;
 pub(crate) mod cpio;
 pub(crate) mod initramfs;
 pub(crate) mod kernel_distro;
@@ -19,6 +20,7 @@ use clap::ValueEnum;
 use crate::cache::{Cache, Key};
 use crate::setup;
 use apt::Apt;
+pub(crate) use boot::check as boot_check;
 
 /// Guest architectures.
 #[derive(Clone, Copy, Debug, ValueEnum)]
