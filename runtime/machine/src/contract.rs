@@ -14,7 +14,8 @@ use caisson_wire::vmm::{CONSOLE_TAIL, End, Launch, Usage};
 pub trait Machine: Send {
     /// Short name of what runs the guest: "kvm", "qemu".
     fn name(&self) -> &'static str;
-    /// Lets the guest run. The process is confined by now; nothing may be opened by path any more.
+    /// Starts the machine's threads and lets the guest run. The process is confined by now; nothing can be
+    /// opened by path any more.
     ///
     /// # Errors
     /// Fails with the stage that failed.
@@ -44,13 +45,18 @@ pub struct Setup {
     pub console: Console,
     /// Where the guest's connections go.
     pub ports: Arc<dyn HostPorts>,
-    /// Starts threads with their filters.
+    /// Starts threads with their filters; refuses before [`Machine::start`].
     pub threads: Threads,
     /// Where the machine reports its end, at most once.
     pub ended: Sender<End>,
 }
 
 /// Builds a machine: opens, maps and spawns what it needs while the process may still do so.
+///
+/// **Rule: building starts no thread.** The process gives its privileges up after the build and before
+/// [`Machine::start`]; a user namespace can be entered, and every thread be confined, only while there is one
+/// thread. [`Setup::threads`] refuses to start any until then. Processes may be started: they are children,
+/// and confine themselves.
 pub type Build = fn(Setup) -> Result<Box<dyn Machine>, BuildError>;
 
 /// The descriptors of a launch message.
@@ -115,7 +121,8 @@ impl Console {
         })))
     }
 
-    /// Adds what the guest printed. Never blocks; a copy that takes no more is dropped.
+    /// Adds what the guest printed. Never blocks: what a full copy does not take is missing from it, and a
+    /// copy whose reader has gone is closed.
     pub fn write(&self, bytes: &[u8]) {
         let mut collected = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let keep = bytes.len().min(CONSOLE_TAIL);
@@ -123,7 +130,8 @@ impl Console {
         collected.tail.drain(..excess);
         collected.tail.extend(bytes.iter().skip(bytes.len() - keep));
         if let Some(copy) = &collected.copy
-            && rustix::io::write(copy, bytes).is_err()
+            && let Err(err) = rustix::io::write(copy, bytes)
+            && !matches!(err, rustix::io::Errno::AGAIN | rustix::io::Errno::INTR)
         {
             collected.copy = None;
         }

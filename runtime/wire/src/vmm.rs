@@ -89,7 +89,7 @@ pub struct Disk {
 /// One network device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Net {
-    /// The tap's open descriptor, with a virtio-net header and offloads as the control plane set them.
+    /// The tap's open descriptor, with a 12-byte virtio-net header; offloads are for the device to ask for.
     pub tap: Fd,
     /// Address of the guest's side.
     pub mac: [u8; 6],

@@ -1,5 +1,7 @@
 //! What a virtio device is, whichever transport carries it.
 
+pub(crate) mod buffers;
+pub(crate) mod service;
 mod worker;
 
 use std::fmt::Debug;

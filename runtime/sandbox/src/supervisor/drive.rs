@@ -6,6 +6,7 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use caisson_net::Joined;
 use caisson_wire::agent::{self, FROM_GUEST_LIMIT, FromAgent, TO_GUEST_LIMIT, Target};
 use caisson_wire::vmm::{self, FromVmm};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
@@ -58,6 +59,8 @@ struct Drive {
     share: Option<Share>,
     cgroup: Option<Placed>,
     vmm: Option<Vmm>,
+    /// The interfaces at the machine's taps; they go back to their namespace with it.
+    joined: Option<Joined>,
     to_vmm: Option<Outbox>,
     to_agent: Option<Outbox>,
     stand_ins: HashMap<Target, Outbox>,
@@ -97,6 +100,7 @@ pub(crate) async fn run(root: PathBuf, id: ContainerId, creator: OwnedFd) -> Res
         share: None,
         cgroup: None,
         vmm: None,
+        joined: None,
         to_vmm: None,
         to_agent: None,
         stand_ins: HashMap::new(),
@@ -242,6 +246,7 @@ impl Drive {
                 self.to_vmm = None;
                 self.to_agent = None;
                 self.vmm = None;
+                self.joined = None;
             }
             Effect::Finish => self.finished = true,
         }
@@ -430,6 +435,7 @@ impl Drive {
             descriptors,
             console,
             network,
+            joined,
             said,
         } = machine::launch(plan, share, netns.as_deref())?;
         let log = BoundedLog::new(&self.directory, CONSOLE);
@@ -440,6 +446,7 @@ impl Drive {
             .pidfd()
             .map_err(|err| failure("watch the vmm process", &err))?;
         self.vmm = Some(vmm);
+        self.joined = joined;
         let start = || -> io::Result<(Outbox, Inbox)> {
             spawn_local(follow_end(pidfd, [printed, said], self.events.clone()));
             let (outbox, inbox, _) = Link::new(socket)?.split((vmm::LIMIT, vmm::LIMIT), MOST_VMM_DESCRIPTORS);

@@ -4,6 +4,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
+use caisson_net::Joined;
 use caisson_wire::vmm::{Confine, Emulator, Fd, Launch, Net, ToVmm};
 use rustix::fs::{Mode, OFlags};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
@@ -38,6 +39,8 @@ pub(crate) struct Launched {
     pub(crate) console: OwnedFd,
     /// What the network gives the guest.
     pub(crate) network: Network,
+    /// What keeps the network's interfaces at the machine's taps.
+    pub(crate) joined: Option<Joined>,
     /// What the vmm process writes to its standard error.
     pub(crate) said: OwnedFd,
 }
@@ -98,8 +101,11 @@ pub(crate) fn launch(
     let (log, said) =
         console::pipe(Blocking::Yes).map_err(|err| failure("make the vmm process's log", &err))?;
     let console_fd = give(theirs);
-    let Attached { taps, network } =
-        network::attach(netns).map_err(|err| failure("attach the network", &err))?;
+    let Attached {
+        taps,
+        network,
+        joined,
+    } = network::attach(netns).map_err(|err| failure("attach the network", &err))?;
     let nets = taps
         .into_iter()
         .map(|tap| Net {
@@ -134,6 +140,7 @@ pub(crate) fn launch(
         descriptors,
         console,
         network,
+        joined,
         said,
     })
 }
