@@ -7,6 +7,8 @@ use std::process::Command;
 use anyhow::{Context as _, bail};
 use serde_json::Value;
 
+use crate::{matrix, test};
+
 /// Which crates of ours each crate may depend on. What is not listed may depend on none.
 const MAY_DEPEND: [(&str, &[&str]); 14] = [
     ("caisson-arch-x86_64", &["caisson-arch"]),
@@ -106,6 +108,7 @@ pub(crate) fn run(root: &Path) -> anyhow::Result<()> {
     let mut findings = dependencies(&metadata(root)?);
     let files = tracked(root)?;
     findings.extend(top_level(&files));
+    findings.extend(matrix::findings(root, &test::names())?);
     let mut cfgs = 0;
     for file in files.iter().filter(|file| file.ends_with(".rs")) {
         let text = std::fs::read_to_string(root.join(file)).with_context(|| format!("cannot read {file}"))?;

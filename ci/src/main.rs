@@ -4,7 +4,12 @@
 #![forbid(unsafe_code)]
 #![expect(clippy::print_stdout, reason = "a command for people")]
 
+mod cache;
+mod child;
+mod emulate;
+mod guest;
 mod lint;
+mod matrix;
 mod setup;
 mod test;
 
@@ -23,10 +28,27 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Installs what the tests need: formatter, linter, the target of static binaries, busybox.
+    /// Installs what the tests need: formatter, linter, static target, busybox, QEMU, kernel build tools.
     Setup,
     /// Checks the tree: formatting, clippy, dependency direction, names, sizes.
     Lint,
+    /// Prepares what a guest boots and prints where it lies.
+    Guest {
+        /// Which kernel.
+        #[arg(long, value_enum, default_value = "distro")]
+        kernel: guest::Choice,
+        /// For which architecture.
+        #[arg(long, value_enum, default_value = "x86_64")]
+        arch: guest::Arch,
+    },
+    /// Prints the support table of ci/matrix.toml.
+    Matrix {
+        /// Writes it into README.md instead.
+        #[arg(long)]
+        write: bool,
+    },
+    /// Runs a program on an emulated host that has a real /dev/kvm.
+    Emulate(emulate::Emulation),
     /// Runs every part of the test, or only those named.
     Test {
         /// Lists the parts and what each needs.
@@ -38,23 +60,32 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    let root = root();
-    let outcome = match Arguments::parse().command {
-        Command::Setup => setup::all(),
-        Command::Lint => lint::run(&root),
-        Command::Test { list: true, .. } => {
-            test::list();
-            Ok(())
-        }
-        Command::Test { parts, .. } => test::run(&root, &parts),
-    };
-    match outcome {
-        Ok(()) => ExitCode::SUCCESS,
+    match run(Arguments::parse().command) {
+        Ok(code) => code,
         Err(err) => {
             println!("xtask: {err:#}");
             ExitCode::FAILURE
         }
     }
+}
+
+fn run(command: Command) -> anyhow::Result<ExitCode> {
+    let root = root();
+    match command {
+        Command::Setup => setup::all()?,
+        Command::Lint => lint::run(&root)?,
+        Command::Guest { kernel, arch } => {
+            for assets in guest::prepare(&root, kernel, arch)? {
+                println!("{}", assets.kernel().display());
+                println!("{}", assets.initramfs().display());
+            }
+        }
+        Command::Matrix { write } => matrix::run(&root, write)?,
+        Command::Emulate(emulation) => return emulate::command(&emulation),
+        Command::Test { list: true, .. } => test::list(),
+        Command::Test { parts, .. } => test::run(&root, &parts)?,
+    }
+    Ok(ExitCode::SUCCESS)
 }
 
 /// The workspace's top directory.

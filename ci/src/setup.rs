@@ -1,5 +1,6 @@
 //! Installs what a command needs and nothing else; quick when all is there.
 
+use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context as _, bail};
@@ -11,14 +12,17 @@ pub(crate) const STATIC_TARGET: &str = "x86_64-unknown-linux-musl";
 pub(crate) fn all() -> anyhow::Result<()> {
     components()?;
     static_target()?;
-    busybox()
+    busybox()?;
+    guest_tools()?;
+    kernel_build_tools()?;
+    qemu()
 }
 
 /// The formatter and the linter.
 pub(crate) fn components() -> anyhow::Result<()> {
     for (component, probe) in [("rustfmt", "fmt"), ("clippy", "clippy")] {
         if !succeeds("cargo", &[probe, "--version"]) {
-            install(&["component", "add", component])?;
+            rustup(&["component", "add", component])?;
         }
     }
     Ok(())
@@ -31,36 +35,86 @@ pub(crate) fn static_target() -> anyhow::Result<()> {
         .output()
         .context("cannot run rustc; install Rust with rustup")?;
     let directory = String::from_utf8_lossy(&listed.stdout).trim().to_owned();
-    if std::path::Path::new(&directory).is_dir() {
+    if Path::new(&directory).is_dir() {
         return Ok(());
     }
-    install(&["target", "add", STATIC_TARGET])
+    rustup(&["target", "add", STATIC_TARGET])
 }
 
-/// A static busybox: the programs inside the containers of the tests.
+/// A static busybox: the programs inside the containers of the tests and the emulated host.
 pub(crate) fn busybox() -> anyhow::Result<()> {
-    if std::path::Path::new("/bin/busybox").exists() || std::path::Path::new("/usr/bin/busybox").exists() {
+    packages(&[("/usr/bin/busybox", "busybox-static")])
+}
+
+/// What unpacks the distribution's kernels.
+pub(crate) fn guest_tools() -> anyhow::Result<()> {
+    packages(&[
+        ("/usr/bin/lz4", "lz4"),
+        ("/usr/bin/zstd", "zstd"),
+        ("/usr/bin/xz", "xz-utils"),
+    ])
+}
+
+/// What builds our own kernel.
+pub(crate) fn kernel_build_tools() -> anyhow::Result<()> {
+    packages(&[
+        ("/usr/bin/make", "make"),
+        ("/usr/bin/gcc", "gcc"),
+        ("/usr/bin/strip", "binutils"),
+        ("/usr/bin/flex", "flex"),
+        ("/usr/bin/bison", "bison"),
+        ("/usr/bin/bc", "bc"),
+        ("/usr/bin/perl", "perl"),
+        ("/usr/include/libelf.h", "libelf-dev"), // objtool
+    ])
+}
+
+/// The emulator, for the emulated host and for machines without usable virtualization.
+pub(crate) fn qemu() -> anyhow::Result<()> {
+    packages(&[("/usr/bin/qemu-system-x86_64", "qemu-system-x86")])
+}
+
+/// Installs the packages whose file is missing.
+fn packages(wanted: &[(&str, &str)]) -> anyhow::Result<()> {
+    let missing: Vec<_> = wanted
+        .iter()
+        .filter(|(file, _)| !Path::new(file).exists())
+        .map(|(_, package)| *package)
+        .collect();
+    if missing.is_empty() {
         return Ok(());
     }
-    for arguments in [
-        ["update", "--quiet"].as_slice(),
-        ["install", "--yes", "--quiet", "busybox-static"].as_slice(),
-    ] {
-        let status = Command::new("apt-get")
-            .args(arguments)
-            .status()
-            .context("cannot run apt-get")?;
-        if !status.success() {
-            bail!(
-                "apt-get {} failed; install the package busybox-static as root",
-                arguments.join(" ")
-            );
-        }
+    println!("installing {}", missing.join(", "));
+    apt_get(&["--quiet", "update"], &missing)?;
+    let mut install = vec![
+        "--quiet",
+        "--quiet",
+        "--yes",
+        "--no-install-recommends",
+        "install",
+    ];
+    install.extend(&missing);
+    apt_get(&install, &missing)
+}
+
+fn apt_get(arguments: &[&str], packages: &[&str]) -> anyhow::Result<()> {
+    let out = Command::new("apt-get")
+        .args(arguments)
+        .env("DEBIAN_FRONTEND", "noninteractive")
+        .output()
+        .context("cannot run apt-get")?;
+    if !out.status.success() {
+        bail!(
+            "apt-get {} failed: {}; install {} as root",
+            arguments.join(" "),
+            String::from_utf8_lossy(&out.stderr).trim(),
+            packages.join(" ")
+        );
     }
     Ok(())
 }
 
-fn install(arguments: &[&str]) -> anyhow::Result<()> {
+fn rustup(arguments: &[&str]) -> anyhow::Result<()> {
     let what = arguments.join(" ");
     let status = Command::new("rustup")
         .args(arguments)

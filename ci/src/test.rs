@@ -1,14 +1,15 @@
 //! The parts of the test.
 
-use std::io::{BufRead as _, BufReader};
-use std::path::Path;
-use std::process::{Command, Stdio};
-use std::sync::mpsc;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, bail};
+use anyhow::bail;
+use serde_json::Value;
 
-use crate::{lint, setup};
+use crate::emulate::Emulation;
+use crate::guest::{Arch, Choice};
+use crate::{child, emulate, guest, lint, setup};
 
 /// One part: its name, what it does, and how.
 struct Part {
@@ -24,7 +25,15 @@ struct Count {
     failed: u64,
 }
 
-const PARTS: [Part; 3] = [
+impl Count {
+    fn add(&mut self, found: Option<Self>) {
+        let found = found.unwrap_or_default();
+        self.passed += found.passed;
+        self.failed += found.failed;
+    }
+}
+
+const PARTS: [Part; 5] = [
     Part {
         name: "lint",
         what: "formatting, clippy with warnings as errors, dependency direction, names, sizes",
@@ -52,12 +61,33 @@ const PARTS: [Part; 3] = [
             cargo(root, &build, BUILD_LIMIT)
         },
     },
+    Part {
+        name: "guest",
+        what: "prepares both guest kernels and boots each under QEMU up to the agent; builds a kernel if none is cached",
+        run: guest,
+    },
+    Part {
+        name: "emulate",
+        what: "tests that need a real /dev/kvm, on an emulated host that has one",
+        run: emulate,
+    },
 ];
+
+/// Integration tests (`tests/NAME.rs` or `tests/NAME/main.rs`) that run on the emulated host.
+const IN_EMULATED_HOST: &[&str] = &["conformance"];
 
 /// Longest time the unit tests may take, builds included.
 const UNIT_LIMIT: Duration = Duration::from_secs(40 * 60);
 /// Longest time one build may take.
 const BUILD_LIMIT: Duration = Duration::from_secs(20 * 60);
+
+/// Longest time of one program on the emulated host.
+const EMULATED_LIMIT: Duration = Duration::from_secs(15 * 60);
+
+/// The names of all parts.
+pub(crate) fn names() -> Vec<&'static str> {
+    PARTS.iter().map(|part| part.name).collect()
+}
 
 /// Prints the parts.
 pub(crate) fn list() {
@@ -94,10 +124,7 @@ pub(crate) fn run(root: &Path, names: &[String]) -> anyhow::Result<()> {
             begun.elapsed().as_secs()
         ));
         match outcome {
-            Ok(count) => {
-                total.passed += count.passed;
-                total.failed += count.failed;
-            }
+            Ok(count) => total.add(Some(count)),
             Err(err) => {
                 println!("{}: {err:#}", part.name);
                 total.failed += 1;
@@ -117,53 +144,93 @@ pub(crate) fn run(root: &Path, names: &[String]) -> anyhow::Result<()> {
 /// Runs cargo, shows what it prints and counts the tests in it.
 fn cargo(root: &Path, arguments: &[&str], limit: Duration) -> anyhow::Result<Count> {
     let what = arguments.join(" ");
-    let mut child = Command::new("cargo")
+    let mut count = Count::default();
+    let mut command = Command::new("cargo");
+    command
         .args(arguments)
         .current_dir(root)
-        .env("CAISSON_NEED", "root")
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .spawn()
-        .context("cannot run cargo")?;
-    let out = child.stdout.take().context("cargo has no output")?;
-    let (lines, inbox) = mpsc::channel();
-    let reader = std::thread::spawn(move || {
-        for line in BufReader::new(out).lines().map_while(Result::ok) {
-            if lines.send(line).is_err() {
-                return;
-            }
-        }
-    });
-    let deadline = Instant::now() + limit;
-    let mut count = Count::default();
-    loop {
-        match inbox.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
-            Ok(line) => {
-                println!("{line}");
-                if let Some(found) = parse_result(&line) {
-                    count.passed += found.passed;
-                    count.failed += found.failed;
-                }
-            }
-            Err(mpsc::RecvTimeoutError::Disconnected) => break,
-            Err(mpsc::RecvTimeoutError::Timeout) => {
-                child.kill().context("cannot end cargo")?;
-                child.wait().context("cannot wait for cargo")?;
-                bail!(
-                    "cargo {what} did not end within {} minutes and was killed",
-                    limit.as_secs() / 60
-                );
-            }
-        }
-    }
-    let status = child.wait().context("cannot wait for cargo")?;
-    reader
-        .join()
-        .map_err(|_| anyhow::anyhow!("the reader of cargo's output failed"))?;
+        .env("CAISSON_NEED", "root");
+    let status = child::follow(&mut command, limit, |line| {
+        println!("{line}");
+        count.add(parse_result(line));
+    })?;
     if !status.success() && count.failed == 0 {
         bail!("cargo {what} failed");
     }
     Ok(count)
+}
+
+/// Both kernels and what goes with them; a boot of each up to the agent's search for its host.
+fn guest(root: &Path) -> anyhow::Result<Count> {
+    let mut count = Count::default();
+    for assets in guest::prepare(root, Choice::Both, Arch::X86_64)? {
+        println!("{}", assets.directory.display());
+        guest::boot_check(&assets)?;
+        count.passed += 1;
+    }
+    Ok(count)
+}
+
+/// Runs the tests that need a real `/dev/kvm` where there is one for certain.
+fn emulate(root: &Path) -> anyhow::Result<Count> {
+    let mut count = Count::default();
+    for program in static_tests(root, "caisson-tests", IN_EMULATED_HOST)? {
+        let emulation = Emulation {
+            arch: Arch::X86_64,
+            memory: 2048,
+            smp: 2,
+            file: Vec::new(),
+            env: vec![("CAISSON_NEED".to_owned(), "kvm,hardware".to_owned())],
+            timeout: EMULATED_LIMIT.as_secs(),
+            command: vec![program.display().to_string(), "--test-threads=1".to_owned()],
+        };
+        println!("in the emulated host: {}", program.display());
+        let code = emulate::run(&emulation, |line| {
+            println!("{line}");
+            count.add(parse_result(line));
+        })?;
+        if code != 0 && count.failed == 0 {
+            bail!("{} left with status {code}", program.display());
+        }
+    }
+    Ok(count)
+}
+
+/// Builds the named integration tests of `package` as static programs, leaving out those it does not have.
+fn static_tests(root: &Path, package: &str, names: &[&str]) -> anyhow::Result<Vec<PathBuf>> {
+    setup::static_target()?;
+    let names: Vec<_> = names
+        .iter()
+        .filter(|name| {
+            let tests = root.join("tests").join(name);
+            tests.with_extension("rs").exists() || tests.join("main.rs").exists()
+        })
+        .collect();
+    if names.is_empty() {
+        return Ok(Vec::new());
+    }
+    let mut command = Command::new("cargo");
+    command
+        .args(["test", "--no-run", "--package", package, "--message-format=json"])
+        .args(["--target", setup::STATIC_TARGET])
+        .current_dir(root);
+    for name in &names {
+        command.args(["--test", name]);
+    }
+    let mut programs = Vec::new();
+    let status = child::follow(&mut command, BUILD_LIMIT, |line| {
+        let message: Value = serde_json::from_str(line).unwrap_or_default();
+        if let Some(program) = message.pointer("/executable").and_then(Value::as_str) {
+            programs.push(PathBuf::from(program));
+        }
+        if let Some(text) = message.pointer("/message/rendered").and_then(Value::as_str) {
+            print!("{text}");
+        }
+    })?;
+    if !status.success() || programs.len() != names.len() {
+        bail!("the tests of {package} do not build for {}", setup::STATIC_TARGET);
+    }
+    Ok(programs)
 }
 
 /// Reads the closing line of a test binary.

@@ -241,7 +241,11 @@ fn tell(text: &str) {
     let mut line = format!("caisson-agent: {text}\n");
     line.truncate(line.floor_char_boundary(LONGEST_LINE));
     match console {
-        Ok(mut console) => drop(console.write_all(line.as_bytes())),
+        Ok(mut console) => {
+            drop(console.write_all(line.as_bytes()));
+            // A power-off right behind would overtake it: the kernel sends what is written by and by.
+            let _ = rustix::termios::tcdrain(&console);
+        }
         // Before /dev is there: the kernel's own standard error, if it opened one.
         Err(_) => drop(io::stderr().write_all(line.as_bytes())),
     }
