@@ -30,21 +30,32 @@ const MEMORY: u64 = 256 << 20;
 const LIMIT: Duration = Duration::from_secs(120);
 
 /// Builds everything, measures on this machine, and, if told to, inside the emulated host over its KVM.
-pub(crate) fn run(root: &Path, runs: usize, emulated: bool) -> anyhow::Result<()> {
+pub(crate) fn run(root: &Path, runs: usize, kernel: guest::Choice, emulated: bool) -> anyhow::Result<()> {
     setup::static_target()?;
-    setup::guest_tools()?;
+    setup::busybox()?;
+    setup::qemu()?;
+    setup::runc()?;
     let binary = build::caisson(root)?;
-    let assets = guest::prepare(root, guest::Kernel::preferred())?;
+    let assets = guest::prepare_one(root, kernel)?;
     let subject = Subject {
         binary,
-        kernel: assets.kernel,
-        initramfs: assets.initramfs,
+        kernel: assets.kernel(),
+        initramfs: assets.initramfs(),
     };
     println!("== on this machine");
     here(&subject, runs)?;
-    println!("\nsize of the binary        {:>9.2} MiB", mebibytes(&subject.binary)?);
-    println!("size of the initramfs     {:>9.2} MiB", mebibytes(&subject.initramfs)?);
-    println!("size of the kernel        {:>9.2} MiB", mebibytes(&subject.kernel)?);
+    println!(
+        "\nsize of the binary        {:>9.2} MiB",
+        mebibytes(&subject.binary)?
+    );
+    println!(
+        "size of the initramfs     {:>9.2} MiB",
+        mebibytes(&subject.initramfs)?
+    );
+    println!(
+        "size of the kernel        {:>9.2} MiB",
+        mebibytes(&subject.kernel)?
+    );
     if emulated {
         println!("\n== in the emulated host, over KVM");
         inside(root, &subject, runs)?;
@@ -68,7 +79,10 @@ pub(crate) fn here(subject: &Subject, runs: usize) -> anyhow::Result<()> {
         caisson.push(first_byte(&mut command).context("cannot run caisson")?);
         if found("runc") {
             let mut command = Command::new("runc");
-            command.args(["run", "--bundle"]).arg(&at).arg(format!("caisson-{id}"));
+            command
+                .args(["run", "--bundle"])
+                .arg(&at)
+                .arg(format!("caisson-{id}"));
             // A machine may refuse what runc needs; then there is no peer to show.
             runc.extend(first_byte(&mut command).ok());
         }
@@ -100,7 +114,17 @@ impl Subject {
 fn plain_qemu(subject: &Subject) -> Command {
     let mut command = Command::new("qemu-system-x86_64");
     command
-        .args(["-accel", "tcg,thread=multi", "-M", "q35", "-cpu", "max", "-m", "512", "-nodefaults"])
+        .args([
+            "-accel",
+            "tcg,thread=multi",
+            "-M",
+            "q35",
+            "-cpu",
+            "max,-cx16",
+            "-m",
+            "512",
+            "-nodefaults",
+        ])
         .args(["-display", "none", "-no-reboot", "-serial", "stdio", "-kernel"])
         .arg(&subject.kernel)
         .arg("-initrd")
@@ -158,12 +182,15 @@ impl Drop for Ended {
 /// Prints a row and gives its median in seconds.
 fn row(name: &str, times: &mut [Duration], base: Option<f64>) -> Option<f64> {
     times.sort_unstable();
-    let (Some(least), Some(median), Some(most)) = (times.first(), times.get(times.len() / 2), times.last()) else {
+    let (Some(least), Some(median), Some(most)) = (times.first(), times.get(times.len() / 2), times.last())
+    else {
         println!("  {name:44} not here");
         return None;
     };
     let median = median.as_secs_f64();
-    let ratio = base.map_or_else(String::new, |base| format!("  caisson takes {:.2} times as long", base / median));
+    let ratio = base.map_or_else(String::new, |base| {
+        format!("  caisson takes {:.2} times as long", base / median)
+    });
     println!(
         "  {name:44} median {median:8.3} s  ({:.3} to {:.3}){ratio}",
         least.as_secs_f64(),
@@ -188,7 +215,10 @@ fn memory(subject: &Subject, directory: &Path) -> anyhow::Result<()> {
     if !status.success() {
         bail!("the container of the memory measurement did not start");
     }
-    let free = subject.command(&root).args(["exec", "sleeper", "free", "-k"]).output()?;
+    let free = subject
+        .command(&root)
+        .args(["exec", "sleeper", "free", "-k"])
+        .output()?;
     println!("\nmemory with a container of {} MiB", MEMORY >> 20);
     let mut total = 0;
     for (name, pid) in family(&root)? {
@@ -196,11 +226,18 @@ fn memory(subject: &Subject, directory: &Path) -> anyhow::Result<()> {
         total += kib;
         println!("  {name:44} {:8.2} MiB", as_mebibytes(kib));
     }
-    println!("  {:44} {:8.2} MiB, guest memory included", "all processes (PSS)", as_mebibytes(total));
+    println!(
+        "  {:44} {:8.2} MiB, guest memory included",
+        "all processes (PSS)",
+        as_mebibytes(total)
+    );
     for line in String::from_utf8_lossy(&free.stdout).lines() {
         println!("  in the guest: {line}");
     }
-    let status = subject.command(&root).args(["delete", "--force", "sleeper"]).status()?;
+    let status = subject
+        .command(&root)
+        .args(["delete", "--force", "sleeper"])
+        .status()?;
     if !status.success() {
         bail!("the container of the memory measurement was not deleted");
     }
@@ -285,12 +322,41 @@ fn found(program: &str) -> bool {
 /// Runs [`here`] inside the emulated host.
 fn inside(root: &Path, subject: &Subject, runs: usize) -> anyhow::Result<()> {
     let program = build::xtask(root)?;
-    let files = [
-        (subject.binary.as_path(), "/caisson"),
-        (subject.kernel.as_path(), "/kernel"),
-        (subject.initramfs.as_path(), "/initramfs"),
-    ];
-    let runs = runs.to_string();
-    let arguments = ["bench", "--here", "--runs", runs.as_str()];
-    emulate::run_program(root, &program, &arguments, &files, Duration::from_secs(1800))
+    let emulation = emulate::Emulation {
+        arch: guest::Arch::X86_64,
+        memory: 3072,
+        smp: 2,
+        file: vec![
+            (subject.binary.clone(), IN_HOST.0.to_owned()),
+            (subject.kernel.clone(), IN_HOST.1.to_owned()),
+            (subject.initramfs.clone(), IN_HOST.2.to_owned()),
+        ],
+        env: Vec::new(),
+        timeout: 1800,
+        command: vec![
+            program.display().to_string(),
+            "bench".to_owned(),
+            "--here".to_owned(),
+            "--runs".to_owned(),
+            runs.to_string(),
+        ],
+    };
+    match emulate::run(&emulation, |line| println!("{line}"))? {
+        0 => Ok(()),
+        code => bail!("the measurement in the emulated host left with status {code}"),
+    }
+}
+
+/// Where binary, kernel and initramfs lie in the emulated host.
+const IN_HOST: (&str, &str, &str) = ("/caisson", "/kernel", "/initramfs");
+
+impl Subject {
+    /// What lies in the emulated host.
+    pub(crate) fn in_host() -> Self {
+        Self {
+            binary: IN_HOST.0.into(),
+            kernel: IN_HOST.1.into(),
+            initramfs: IN_HOST.2.into(),
+        }
+    }
 }

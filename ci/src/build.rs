@@ -14,13 +14,22 @@ pub(crate) fn caisson(root: &Path) -> anyhow::Result<PathBuf> {
 
 /// Builds this program as one static file, to run inside an emulated host.
 pub(crate) fn xtask(root: &Path) -> anyhow::Result<PathBuf> {
-    package(root, "caisson-ci", "caisson-ci")
+    package(root, "caisson-ci", "xtask")
 }
 
 fn package(root: &Path, package: &str, binary: &str) -> anyhow::Result<PathBuf> {
     setup::static_target()?;
     let status = Command::new("cargo")
-        .args(["build", "--quiet", "--profile", "fast", "--target", setup::STATIC_TARGET, "-p", package])
+        .args([
+            "build",
+            "--quiet",
+            "--profile",
+            "fast",
+            "--target",
+            setup::STATIC_TARGET,
+            "-p",
+            package,
+        ])
         .current_dir(root)
         .status()
         .context("cannot run cargo")?;

@@ -40,10 +40,11 @@ fn busybox() -> Option<PathBuf> {
 }
 
 fn config(script: &str, memory: Option<u64>) -> serde_json::Value {
-    let mut resources = json!({ "devices": [{ "allow": false, "access": "rwm" }] });
-    if let Some(limit) = memory {
-        resources["memory"] = json!({ "limit": limit });
-    }
+    let devices = json!([{ "allow": false, "access": "rwm" }]);
+    let resources = match memory {
+        Some(limit) => json!({ "devices": devices, "memory": { "limit": limit } }),
+        None => json!({ "devices": devices }),
+    };
     json!({
         "ociVersion": "1.0.2",
         "process": {

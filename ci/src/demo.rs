@@ -1,6 +1,6 @@
 //! `cargo xtask demo`: from a clone to a container in a VM of its own, with the time of each stage.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -15,14 +15,18 @@ const SCRIPT: &str = "echo \"kernel   $(uname -sr), up $(cut -d' ' -f1 /proc/upt
     echo mounts; cut -d' ' -f1-3 /proc/mounts | sed 's/^/  /'";
 
 /// Runs the demonstration.
-pub(crate) fn run(root: &Path) -> anyhow::Result<()> {
+pub(crate) fn run(root: &Path, kernel: guest::Choice) -> anyhow::Result<()> {
     let mut stages = Vec::new();
     timed(&mut stages, "install what is missing", || {
         setup::static_target()?;
+        setup::busybox()?;
+        setup::qemu()?;
         setup::guest_tools()
     })?;
     let binary = timed(&mut stages, "build caisson", || build::caisson(root))?;
-    let assets = timed(&mut stages, "prepare the guest", || guest::prepare(root, guest::Kernel::preferred()))?;
+    let assets = timed(&mut stages, "prepare the guest", || {
+        guest::prepare_one(root, kernel)
+    })?;
     let directory = tempfile::tempdir().context("cannot make a directory")?;
     let at = directory.path().join("bundle");
     timed(&mut stages, "make a bundle", || bundle::make(&at, SCRIPT, None))?;
@@ -30,14 +34,20 @@ pub(crate) fn run(root: &Path) -> anyhow::Result<()> {
     println!("host     Linux {}", release());
     let caisson = |arguments: &[&str]| {
         let mut command = Command::new(&binary);
-        command.arg("--root").arg(directory.path().join("root")).args(arguments);
         command
-            .env("CAISSON_KERNEL", &assets.kernel)
-            .env("CAISSON_INITRAMFS", &assets.initramfs);
+            .arg("--root")
+            .arg(directory.path().join("root"))
+            .args(arguments);
+        command
+            .env("CAISSON_KERNEL", assets.kernel())
+            .env("CAISSON_INITRAMFS", assets.initramfs());
         command
     };
     let begun = Instant::now();
-    let status = caisson(&["--debug", "create", "--bundle"]).arg(&at).arg("demo").status()?;
+    let status = caisson(&["--debug", "create", "--bundle"])
+        .arg(&at)
+        .arg("demo")
+        .status()?;
     if !status.success() {
         bail!("the container was not created; what is above says why");
     }
@@ -54,8 +64,12 @@ pub(crate) fn run(root: &Path) -> anyhow::Result<()> {
     for (name, time) in stages {
         println!("  {:>8.3} s  {name}", time.as_secs_f64());
     }
-    println!("The same by hand: CAISSON_KERNEL={} CAISSON_INITRAMFS={} {} run --bundle DIR NAME",
-        assets.kernel.display(), assets.initramfs.display(), binary.display());
+    println!(
+        "The same by hand: CAISSON_KERNEL={} CAISSON_INITRAMFS={} {} run --bundle DIR NAME",
+        assets.kernel().display(),
+        assets.initramfs().display(),
+        binary.display()
+    );
     ended.and(code)
 }
 
@@ -82,7 +96,7 @@ fn succeed(mut command: Command) -> anyhow::Result<()> {
 }
 
 /// The lines of a sandbox's log that say how far it came.
-fn log_of(directory: &PathBuf) -> String {
+fn log_of(directory: &Path) -> String {
     let text = std::fs::read_to_string(directory.join("supervisor.log")).unwrap_or_default();
     text.lines()
         .map(|line| format!("  {line}"))
