@@ -4,8 +4,12 @@
 #![forbid(unsafe_code)]
 #![expect(clippy::print_stdout, reason = "a command for people")]
 
+mod bench;
+mod build;
+mod bundle;
 mod cache;
 mod child;
+mod demo;
 mod emulate;
 mod guest;
 mod lint;
@@ -40,6 +44,27 @@ enum Command {
         /// For which architecture.
         #[arg(long, value_enum, default_value = "x86_64")]
         arch: guest::Arch,
+    },
+    /// Builds everything, makes a small bundle and runs it in a VM, with the time of each stage.
+    Demo {
+        /// Which kernel the guest has.
+        #[arg(long, value_enum, default_value = "distro")]
+        kernel: guest::Choice,
+    },
+    /// Measures start and memory beside runc and plain QEMU.
+    Bench {
+        /// How often each start is measured.
+        #[arg(long, default_value_t = 5)]
+        runs: usize,
+        /// Which kernel the guest has.
+        #[arg(long, value_enum, default_value = "own")]
+        kernel: guest::Choice,
+        /// Also measures inside the emulated host, over KVM.
+        #[arg(long)]
+        emulated: bool,
+        /// Measures what lies in the emulated host; for use in there.
+        #[arg(long, hide = true)]
+        here: bool,
     },
     /// Prints the support table of ci/matrix.toml.
     Matrix {
@@ -80,6 +105,14 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
                 println!("{}", assets.initramfs().display());
             }
         }
+        Command::Demo { kernel } => demo::run(&root, kernel)?,
+        Command::Bench { runs, here: true, .. } => bench::here(&bench::Subject::in_host(), runs)?,
+        Command::Bench {
+            runs,
+            kernel,
+            emulated,
+            ..
+        } => bench::run(&root, runs, kernel, emulated)?,
         Command::Matrix { write } => matrix::run(&root, write)?,
         Command::Emulate(emulation) => return emulate::command(&emulation),
         Command::Test { list: true, .. } => test::list(),

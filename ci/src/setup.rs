@@ -74,6 +74,11 @@ pub(crate) fn qemu() -> anyhow::Result<()> {
     packages(&[("/usr/bin/qemu-system-x86_64", "qemu-system-x86")])
 }
 
+/// The runtime that benchmarks compare with.
+pub(crate) fn runc() -> anyhow::Result<()> {
+    packages(&[("/usr/sbin/runc", "runc")])
+}
+
 /// Installs the packages whose file is missing.
 fn packages(wanted: &[(&str, &str)]) -> anyhow::Result<()> {
     let missing: Vec<_> = wanted

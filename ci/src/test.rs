@@ -4,12 +4,12 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use anyhow::bail;
+use anyhow::{Context as _, bail};
 use serde_json::Value;
 
 use crate::emulate::Emulation;
 use crate::guest::{Arch, Choice};
-use crate::{child, emulate, guest, lint, setup};
+use crate::{build, child, emulate, guest, lint, setup};
 
 /// One part: its name, what it does, and how.
 struct Part {
@@ -33,7 +33,7 @@ impl Count {
     }
 }
 
-const PARTS: [Part; 5] = [
+const PARTS: [Part; 7] = [
     Part {
         name: "lint",
         what: "formatting, clippy with warnings as errors, dependency direction, names, sizes",
@@ -71,6 +71,16 @@ const PARTS: [Part; 5] = [
         what: "tests that need a real /dev/kvm, on an emulated host that has one",
         run: emulate,
     },
+    Part {
+        name: "containers",
+        what: "the caisson binary as its users drive it, on this machine: over QEMU where KVM is of no use",
+        run: containers,
+    },
+    Part {
+        name: "kvm",
+        what: "the same over KVM, inside the emulated host",
+        run: containers_over_kvm,
+    },
 ];
 
 /// Integration tests (`tests/NAME.rs` or `tests/NAME/main.rs`) that run on the emulated host.
@@ -81,6 +91,8 @@ const UNIT_LIMIT: Duration = Duration::from_secs(40 * 60);
 /// Longest time one build may take.
 const BUILD_LIMIT: Duration = Duration::from_secs(20 * 60);
 
+/// Longest time of all tests of containers on one machine.
+const CONTAINERS_LIMIT: Duration = Duration::from_secs(15 * 60);
 /// Longest time of one program on the emulated host.
 const EMULATED_LIMIT: Duration = Duration::from_secs(15 * 60);
 
@@ -192,6 +204,80 @@ fn emulate(root: &Path) -> anyhow::Result<Count> {
         if code != 0 && count.failed == 0 {
             bail!("{} left with status {code}", program.display());
         }
+    }
+    Ok(count)
+}
+
+/// What the tests of containers drive: the static binary, and the guest that boots fastest of those there are.
+struct Subject {
+    tests: PathBuf,
+    binary: PathBuf,
+    assets: guest::Assets,
+}
+
+impl Subject {
+    fn prepare(root: &Path) -> anyhow::Result<Self> {
+        setup::busybox()?;
+        setup::qemu()?;
+        let tests = static_tests(root, "caisson-tests", &["containers"])?;
+        Ok(Self {
+            tests: tests
+                .into_iter()
+                .next()
+                .context("there are no tests of containers")?,
+            binary: build::caisson(root)?,
+            assets: guest::prepare_one(root, Choice::Own)?,
+        })
+    }
+}
+
+fn containers(root: &Path) -> anyhow::Result<Count> {
+    let subject = Subject::prepare(root)?;
+    let mut count = Count::default();
+    let mut tests = Command::new(&subject.tests);
+    tests
+        .env("CAISSON_BIN", &subject.binary)
+        .env("CAISSON_KERNEL", subject.assets.kernel())
+        .env("CAISSON_INITRAMFS", subject.assets.initramfs());
+    let status = child::follow(&mut tests, CONTAINERS_LIMIT, |line| {
+        println!("{line}");
+        count.add(parse_result(line));
+    })?;
+    if !status.success() && count.failed == 0 {
+        bail!("the tests of containers left with {status}");
+    }
+    Ok(count)
+}
+
+fn containers_over_kvm(root: &Path) -> anyhow::Result<Count> {
+    let subject = Subject::prepare(root)?;
+    let mut count = Count::default();
+    let emulation = Emulation {
+        arch: Arch::X86_64,
+        memory: 3072,
+        smp: 2,
+        file: vec![
+            (subject.binary, "/caisson".to_owned()),
+            (subject.assets.kernel(), "/kernel".to_owned()),
+            (subject.assets.initramfs(), "/initramfs".to_owned()),
+        ],
+        env: [
+            ("CAISSON_NEED", "kvm,hardware"),
+            ("CAISSON_BIN", "/caisson"),
+            ("CAISSON_KERNEL", "/kernel"),
+            ("CAISSON_INITRAMFS", "/initramfs"),
+        ]
+        .map(|(name, value)| (name.to_owned(), value.to_owned()))
+        .into(),
+        timeout: CONTAINERS_LIMIT.as_secs(),
+        command: vec![subject.tests.display().to_string(), "--test-threads=1".to_owned()],
+    };
+    let code = emulate::run(&emulation, |line| {
+        println!("{line}");
+        count.add(parse_result(line));
+    })?;
+    if code != 0 && count.failed == 0 {
+        bail!("the tests of containers left with status {code} in the emulated host");
     }
     Ok(count)
 }

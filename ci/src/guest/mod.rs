@@ -89,6 +89,12 @@ pub(crate) fn prepare(root: &Path, choice: Choice, Arch::X86_64: Arch) -> anyhow
     Ok(all)
 }
 
+/// Prepares the one guest that `choice` names.
+pub(crate) fn prepare_one(root: &Path, choice: Choice) -> anyhow::Result<Assets> {
+    let all = prepare(root, choice, Arch::X86_64)?;
+    all.into_iter().next_back().context("there is no such guest")
+}
+
 /// Puts a kernel and its initial RAM file system into one directory.
 fn assemble(cache: &Cache, kernel: &Kernel, agent: &[u8], modules: &[&str]) -> anyhow::Result<Assets> {
     let key = Key::default()
