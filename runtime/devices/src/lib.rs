@@ -6,10 +6,10 @@
 //! **Invariant:** nothing a guest writes to a register, a queue or a buffer can panic, block without bound
 //! or make this process grow without bound.
 
+pub mod fs;
 pub mod net;
 pub mod pci;
 pub mod serial;
-pub mod fs;
 pub mod thread;
 pub mod vhost_user;
 pub mod virtio;
