@@ -25,10 +25,7 @@ pub(crate) fn serve(arguments: &[OsString]) -> ExitCode {
 
 fn build(setup: Setup) -> Result<Box<dyn Machine>, BuildError> {
     match setup.launch.emulator {
-        Some(_) => Err(BuildError::new(
-            "build the machine",
-            "this build has no QEMU machine",
-        )),
+        Some(_) => caisson_qemu::build(setup),
         None => built_in::build(setup),
     }
 }
