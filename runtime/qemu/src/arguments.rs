@@ -49,11 +49,14 @@ impl Arch {
     }
 
     /// The machine's own words of the kernel command line.
+    ///
+    /// QEMU before 8 spoils the flags of a `cmpxchg16b` without a lock prefix, which the kernel's allocator uses
+    /// and programs do not: `clearcpuid` hides the instruction from the kernel alone.
     fn words(self) -> &'static str {
         match self {
             Self::X86_64 => {
                 "console=ttyS0 8250.nr_uarts=1 quiet panic=-1 reboot=t tsc=reliable no_timer_check \
-                 mitigations=off rdinit=/init"
+                 mitigations=off clearcpuid=cx16 rdinit=/init"
             }
             Self::Aarch64 => "console=ttyAMA0 quiet panic=-1 mitigations=off rdinit=/init",
         }
@@ -93,6 +96,9 @@ pub(crate) struct Net {
     pub(crate) mac: [u8; 6],
     pub(crate) mtu: u16,
 }
+
+/// Entries of the file device's queues: all that ours has.
+const SHARE_QUEUE: u16 = 512;
 
 /// The arguments after the program's name.
 pub(crate) fn arguments(parts: &Parts<'_>) -> Vec<String> {
@@ -142,7 +148,7 @@ pub(crate) fn arguments(parts: &Parts<'_>) -> Vec<String> {
         add("-chardev", format!("socket,id=share,fd={share}"));
         add(
             "-device",
-            format!("vhost-user-fs-pci,chardev=share,tag={SHARE_TAG},queue-size=1024"),
+            format!("vhost-user-fs-pci,chardev=share,tag={SHARE_TAG},queue-size={SHARE_QUEUE}"),
         );
     }
     for (index, disk) in parts.disks.iter().enumerate() {

@@ -9,12 +9,13 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::Duration;
 
+use caisson_devices::fs::{Fs, FsConfig, Limits, own_descriptors};
 use caisson_devices::thread::{Role, Threads};
 use caisson_devices::vhost_user::serve;
 use caisson_devices::virtio::VirtioDevice;
 use caisson_devices::vsock::{GUEST_CID, Vsock};
 use caisson_machine::{BuildError, Machine, Setup};
-use caisson_wire::vmm::{Emulator, Fd, Usage};
+use caisson_wire::vmm::{Emulator, Fd, SHARE_TAG, Usage};
 use rustix::fs::{FileType, MemfdFlags, fstat, ftruncate, memfd_create};
 
 use crate::arguments::{Arch, Disk, Net, Parts, arguments};
@@ -76,6 +77,24 @@ pub fn build(mut setup: Setup) -> Result<Box<dyn Machine>, BuildError> {
     };
     let vsock = device(Box::new(Vsock::new(GUEST_CID, setup.ports)), "vsock-service")?;
 
+    let share = match launch.share {
+        None => None,
+        Some(share) => {
+            const STAGE: &str = "share the directory";
+            let fs = own_descriptors().and_then(|descriptors| {
+                let root = take(share, STAGE).map_err(io::Error::other)?;
+                Fs::new(FsConfig {
+                    tag: SHARE_TAG.to_owned(),
+                    root,
+                    descriptors,
+                    limits: Limits::of_process(),
+                })
+            });
+            let fs = fs.map_err(|err| BuildError::new(STAGE, err))?;
+            Some(device(Box::new(fs), "files-service")?)
+        }
+    };
+
     let mut disks = Vec::new();
     for disk in &launch.disks {
         const STAGE: &str = "open a disk";
@@ -107,7 +126,7 @@ pub fn build(mut setup: Setup) -> Result<Box<dyn Machine>, BuildError> {
         qmp: give(CONNECT, qmp_theirs.into())?,
         serial: give(CONNECT, serial_theirs.into())?,
         vsock: give(CONNECT, vsock)?,
-        share: None,
+        share: share.map(|share| give(CONNECT, share)).transpose()?,
         disks,
         nets,
     });

@@ -68,6 +68,12 @@ impl Child {
     }
 }
 
+/// Lets a write beyond a limit of file size fail rather than end the process.
+pub(crate) fn ignore_file_size_signal() {
+    // SAFETY: ignoring a signal runs no code of ours; SIGXFSZ is a valid number.
+    unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
+}
+
 /// Lets a system call that a filter traps end the process with a line on standard error that names it.
 pub(crate) fn report_trapped_calls() -> io::Result<()> {
     let handler: extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void) = trapped;

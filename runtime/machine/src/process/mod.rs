@@ -201,6 +201,9 @@ fn prepare(launch: Launch, descriptors: Vec<OwnedFd>) -> Result<Prepared, BuildE
         return Err(BuildError::new("read the launch message", why));
     }
     raise_descriptor_limit();
+    // The file server gives files the modes that the guest asks for, and answers for a full host itself.
+    rustix::process::umask(rustix::fs::Mode::empty());
+    sys::ignore_file_size_signal();
     let share = launch
         .share
         .and_then(|share| descriptors.get(share.0 as usize))
