@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 
 use caisson_arch_x86_64::{BootRegs, CpuPolicy, GeneralRegs, IrqLayout, Segment, SpecialRegs, Table};
 use caisson_hal::{
-    Access, Exit, GuestAddress, GuestIo, Hypervisor as _, Kicker, PROBE_LIMIT, Region, Result, Seat as _,
-    Vcpu as _, Verdict, Vm as _, VmSpec,
+    Access, Exit, GuestAddress, GuestIo, Hypervisor as _, Kicker, Region, Result, Seat as _, Vcpu as _,
+    Verdict, Vm as _, VmSpec,
 };
 use vm_memory::VolatileMemory as _;
 
@@ -27,10 +27,11 @@ const COUNTED: u32 = 2000;
 /// Below this rate it is an interpreter: those were seen at half a million to 2 million instructions a second, hardware
 /// and emulated hardware above 100 million. In between lies what the cost of an exit varies by.
 const SANE_RATE: u64 = 5_000_000;
-/// How long guests may take to show a sane rate, once the machine is there.
-const LEAST: Duration = Duration::from_millis(6);
-/// What is left of the contract's limit for an answer.
-const MARGIN: Duration = Duration::from_millis(3);
+/// Turns after which a guest that never showed a sane rate is an interpreter's. Turns rather than time: where KVM itself
+/// is emulated the first exits take milliseconds, and a busy host disturbs some turns.
+const TURNS: u32 = 5;
+/// When to give up on a guest that does not come that far.
+const PATIENCE: Duration = Duration::from_millis(100);
 
 pub(crate) fn probe(kvm: &Kvm) -> Result<()> {
     let missing: Vec<_> = x86_64::NEEDED
@@ -45,7 +46,7 @@ pub(crate) fn probe(kvm: &Kvm) -> Result<()> {
         );
         return Err(failed(OP, io::Error::new(ErrorKind::Unsupported, text)));
     }
-    let rate = measure(kvm, Instant::now())?;
+    let rate = measure(kvm)?;
     if rate >= SANE_RATE {
         return Ok(());
     }
@@ -73,7 +74,7 @@ pub(crate) fn explain_open(error: io::Error) -> io::Error {
 }
 
 /// Instructions a second that a guest's kernel mode runs at.
-fn measure(kvm: &Kvm, started: Instant) -> Result<u64> {
+fn measure(kvm: &Kvm) -> Result<u64> {
     let spec = VmSpec {
         vcpus: 1,
         phys_bits: 0,
@@ -94,17 +95,14 @@ fn measure(kvm: &Kvm, started: Instant) -> Result<u64> {
     let kicker = seat.kicker();
     let mut vcpu = seat.bind()?;
     vcpu.set_boot_regs(&entry())?;
-    let patience = (PROBE_LIMIT - MARGIN)
-        .saturating_sub(started.elapsed())
-        .max(LEAST);
-    let mut stopwatch = Stopwatch::new(patience);
-    let exit = bounded(patience, &kicker, || vcpu.run(&mut stopwatch))?;
+    let mut stopwatch = Stopwatch::default();
+    let exit = bounded(&kicker, || vcpu.run(&mut stopwatch))?;
     drop(vcpu);
     // The kernel takes tens of milliseconds to end a machine, for which nobody needs to wait.
     let _ = std::thread::Builder::new().spawn(move || drop(vm));
     match exit {
         // Not one turn in all that time.
-        Exit::Kicked if stopwatch.rate == 0 => Ok(rate(COUNTED, patience, Duration::ZERO)),
+        Exit::Kicked if stopwatch.rate == 0 => Ok(rate(COUNTED, PATIENCE, Duration::ZERO)),
         Exit::PowerOff | Exit::Kicked => Ok(stopwatch.rate),
         other => {
             let text = format!("KVM cannot run a guest of ten instructions: {other:?}");
@@ -113,12 +111,12 @@ fn measure(kvm: &Kvm, started: Instant) -> Result<u64> {
     }
 }
 
-/// Runs `body`, and kicks once `patience` is over.
-fn bounded<T>(patience: Duration, kicker: &Kicker, body: impl FnOnce() -> T) -> T {
+/// Runs `body`, and kicks once the patience is over.
+fn bounded<T>(kicker: &Kicker, body: impl FnOnce() -> T) -> T {
     std::thread::scope(|scope| {
         let (done, waits) = channel::<()>();
         scope.spawn(move || {
-            if waits.recv_timeout(patience) == Err(RecvTimeoutError::Timeout) {
+            if waits.recv_timeout(PATIENCE) == Err(RecvTimeoutError::Timeout) {
                 kicker.kick();
             }
         });
@@ -129,27 +127,15 @@ fn bounded<T>(patience: Duration, kicker: &Kicker, body: impl FnOnce() -> T) -> 
 }
 
 /// Times the guest's writes.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Stopwatch {
-    deadline: Instant,
     last: Option<Instant>,
     /// The least that an exit has cost.
     exit: Option<Duration>,
     /// The best rate so far.
     rate: u64,
-    verdict: Option<Verdict>,
-}
-
-impl Stopwatch {
-    fn new(patience: Duration) -> Self {
-        Self {
-            deadline: Instant::now() + patience,
-            last: None,
-            exit: None,
-            rate: 0,
-            verdict: None,
-        }
-    }
+    /// How often the guest has counted.
+    turns: u32,
 }
 
 impl GuestIo for Stopwatch {
@@ -165,16 +151,16 @@ impl GuestIo for Stopwatch {
         self.last = Some(now);
         match (port, lap, self.exit) {
             (EXIT_PORT, Some(lap), exit) => self.exit = Some(exit.map_or(lap, |exit| exit.min(lap))),
-            (COUNT_PORT, Some(lap), Some(exit)) => self.rate = self.rate.max(rate(COUNTED, lap, exit)),
+            (COUNT_PORT, Some(lap), Some(exit)) => {
+                self.rate = self.rate.max(rate(COUNTED, lap, exit));
+                self.turns = self.turns.saturating_add(1);
+            }
             _ => {}
-        }
-        if self.rate >= SANE_RATE || now >= self.deadline {
-            self.verdict = Some(Verdict::PowerOff);
         }
     }
 
     fn verdict(&mut self) -> Option<Verdict> {
-        self.verdict
+        (self.rate >= SANE_RATE || self.turns >= TURNS).then_some(Verdict::PowerOff)
     }
 }
 
