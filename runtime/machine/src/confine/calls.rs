@@ -325,6 +325,11 @@ const FILES: &[Rule] = &[
     ("setresuid", &[]),
     ("setresgid", &[]),
     ("setgroups", &[]),
+    ("getuid", &[]),
+    ("geteuid", &[]),
+    ("getgid", &[]),
+    ("getegid", &[]),
+    ("getgroups", &[]),
     ("capget", &[]),
     ("capset", &[]),
 ];

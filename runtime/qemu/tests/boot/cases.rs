@@ -1,10 +1,11 @@
 //! What the supervisor sees of the QEMU machine.
 
 use std::fs;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use caisson_wire::agent::{Call, FromAgent, Setup};
+use caisson_wire::agent::{Call, Create, FromAgent, Root, Setup, Stdio};
 use caisson_wire::vmm::{Answer, Confine, End, FromVmm, Order, ToVmm};
 
 use crate::supervisor::{Agent, Guest, Plan, Vmm};
@@ -15,8 +16,9 @@ pub(crate) enum Case {
     Guest(fn(&Guest)),
 }
 
-pub(crate) const ALL: [(&str, Case); 8] = [
+pub(crate) const ALL: [(&str, Case); 9] = [
     ("the_agent_dials_and_the_guest_powers_off", Case::Guest(life)),
+    ("a_container_uses_files_of_the_share", Case::Guest(container)),
     ("it_runs_unconfined_too", Case::Guest(unconfined)),
     ("a_paused_guest_goes_on", Case::Guest(paused)),
     ("a_kernel_panic_is_told_with_the_console", Case::Guest(panics)),
@@ -68,6 +70,92 @@ fn life(guest: &Guest) {
     let mut agent = vmm.agent();
     set_up(&mut agent, true);
     power_off(vmm, agent);
+}
+
+/// Operations on files, each of which must be allowed to the confined file server.
+const SCRIPT: &str = "set -e; umask 0; cat given; echo made > f; ln -s f link; ln f hard; mkdir -p d/e; mv f d/e/f; \
+    chmod 4751 d/e/f; chown 1234:4000000000 d/e/f; touch -d '2001-02-03 04:05:06' hard; mkfifo pipe; \
+    truncate -s 5368709120 big; dd if=/dev/zero of=big bs=4096 seek=1000000 count=3 conv=notrunc,fsync 2>/dev/null; \
+    stat -f . >/dev/null; ls -la . d >/dev/null; cp -a d d2; rm -r d2; readlink link; sync; \
+    i=0; while [ $i -lt 200 ]; do echo $i > n$i; i=$((i+1)); done; ls | wc -l; rm n*; \
+    cat given > copy; mv copy hard2; df . >/dev/null; echo done";
+
+fn container(guest: &Guest) {
+    let share = tempfile::tempdir().unwrap();
+    let root = share.path().join("c/rootfs");
+    for name in ["bin", "dev", "proc", "sys", "work"] {
+        fs::create_dir_all(root.join(name)).unwrap();
+    }
+    fs::copy("/bin/busybox", root.join("bin/busybox")).unwrap();
+    fs::write(root.join("work/given"), "given by the host\n").unwrap();
+    let mut vmm = Plan {
+        share: Some(share.path()),
+        ..Plan::of(guest)
+    }
+    .launch();
+    vmm.started();
+    let mut agent = vmm.agent();
+    set_up(&mut agent, true);
+    let spec = serde_json::json!({
+        "ociVersion": "1.0.2",
+        "root": {"path": "rootfs"},
+        "process": {
+            "terminal": false,
+            "user": {"uid": 0, "gid": 0},
+            "args": ["/bin/busybox", "sh", "-c", format!("exec 2>&1; \
+                /bin/busybox --install -s /bin; export PATH=/bin; {SCRIPT}")],
+            "env": ["PATH=/bin"],
+            "cwd": "/work",
+            "capabilities": {
+                "bounding": ["CAP_CHOWN", "CAP_FOWNER", "CAP_DAC_OVERRIDE", "CAP_FSETID"],
+                "effective": ["CAP_CHOWN", "CAP_FOWNER", "CAP_DAC_OVERRIDE", "CAP_FSETID"],
+                "permitted": ["CAP_CHOWN", "CAP_FOWNER", "CAP_DAC_OVERRIDE", "CAP_FSETID"],
+            },
+        },
+        "mounts": [{"destination": "/proc", "type": "proc", "source": "proc"},
+                   {"destination": "/dev", "type": "tmpfs", "source": "tmpfs"}],
+        "linux": {"namespaces": [{"type": "pid"}, {"type": "mount"}, {"type": "ipc"}, {"type": "uts"}]},
+    });
+    let answer = agent.call(Call::Create(Box::new(Create {
+        container: "c".to_owned(),
+        root: Root::Share {
+            path: "c/rootfs".to_owned(),
+        },
+        spec: serde_json::from_value(spec).unwrap(),
+        stdio: Stdio {
+            stdout: Some(5000),
+            ..Stdio::default()
+        },
+        join: std::collections::BTreeMap::new(),
+    })));
+    assert!(
+        matches!(&answer, FromAgent::Answer { outcome: Ok(_), .. }),
+        "{answer:?}; {}",
+        vmm.log()
+    );
+    let (message, mut streams) = vmm.next();
+    assert_eq!(message, FromVmm::GuestConnected { port: 5000 });
+    let started = agent.call(Call::Start {
+        container: "c".to_owned(),
+    });
+    assert!(
+        matches!(&started, FromAgent::Answer { outcome: Ok(_), .. }),
+        "{started:?}"
+    );
+    let mut printed = String::new();
+    std::io::Read::read_to_string(&mut fs::File::from(streams.remove(0)), &mut printed).unwrap();
+    assert!(
+        printed.starts_with("given by the host\nf\n") && printed.ends_with("done\n"),
+        "{printed}; {}",
+        vmm.log()
+    );
+    let made = fs::metadata(root.join("work/d/e/f")).unwrap();
+    assert_eq!((made.uid(), made.gid(), made.nlink()), (1234, 4_000_000_000, 2));
+    let big = fs::metadata(root.join("work/big")).unwrap();
+    assert!(big.len() == 5 << 30 && big.blocks() < 100, "{big:?}");
+    assert_eq!(fs::read_to_string(root.join("work/hard")).unwrap(), "made\n");
+    vmm.sender.send(&ToVmm::Shutdown).unwrap();
+    assert_eq!(vmm.ended().0, End::Stopped);
 }
 
 fn unconfined(guest: &Guest) {

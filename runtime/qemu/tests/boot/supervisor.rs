@@ -215,6 +215,11 @@ impl Agent {
     pub(crate) fn call(&mut self, call: Call) -> FromAgent {
         self.id += 1;
         self.sender.send(&Request { id: self.id, call }).unwrap();
-        self.receiver.recv().unwrap().0
+        loop {
+            let (message, _) = self.receiver.recv().unwrap();
+            if matches!(message, FromAgent::Answer { .. }) {
+                return message;
+            }
+        }
     }
 }
