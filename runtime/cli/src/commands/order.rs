@@ -1,5 +1,6 @@
 //! From a bundle and options to an order: what `create` and `run` have in common.
 
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail};
@@ -79,7 +80,7 @@ impl Shared {
                 let choice = machine::choose(&config)?;
                 assets::require(&config)?;
                 let mut sandbox = plan_sandbox(id, bundle, &config, choice)?;
-                sandbox.cgroup = cgroup(global, &bundle.spec, &sandbox);
+                sandbox.cgroup = cgroup(global, runtime.root(), &bundle.spec, &sandbox);
                 Place::New(Box::new(sandbox))
             }
         };
@@ -175,14 +176,14 @@ fn name(kind: LinuxNamespaceType) -> &'static str {
 }
 
 /// The host cgroup of a sandbox: that of its first container, or one of our own where we may make it.
-fn cgroup(global: &Global, spec: &Spec, sandbox: &SandboxPlan) -> Option<CgroupPlan> {
+fn cgroup(global: &Global, root: &Path, spec: &Spec, sandbox: &SandboxPlan) -> Option<CgroupPlan> {
     let linux = spec.linux().as_ref();
     let given = linux.and_then(|linux| linux.cgroups_path().as_ref());
     let path = match given.map(|path| path.to_string_lossy()) {
         Some(path) if global.systemd_cgroup => of_slice(&path),
         Some(path) => path.into_owned(),
         None if rustix::process::geteuid().is_root() && Path::new("/sys/fs/cgroup").exists() => {
-            format!("/caisson/{}", sandbox.id)
+            own_cgroup(root, &sandbox.id)
         }
         None => return None,
     };
@@ -203,6 +204,14 @@ fn cgroup(global: &Global, spec: &Spec, sandbox: &SandboxPlan) -> Option<CgroupP
         // The processors that a container names are those of its guest.
         cpuset: None,
     })
+}
+
+/// A path of our own. Two root directories may hold containers of one id; sharing a cgroup, deleting one would kill
+/// the other.
+fn own_cgroup(root: &Path, id: &str) -> String {
+    let mut hasher = DefaultHasher::new();
+    root.hash(&mut hasher);
+    format!("/caisson/{:016x}/{id}", hasher.finish())
 }
 
 /// The path that systemd would make for `slice:prefix:name`: a slice is below those whose names begin it.
@@ -244,6 +253,13 @@ mod tests {
         ] {
             assert_eq!(of_slice(given), want, "{given}");
         }
+    }
+
+    #[test]
+    fn one_id_below_two_roots_has_two_cgroups() {
+        let (one, other) = (own_cgroup(Path::new("/a"), "c"), own_cgroup(Path::new("/b"), "c"));
+        assert_ne!(one, other);
+        assert!(one.starts_with("/caisson/") && one.ends_with("/c"), "{one}");
     }
 
     #[test]
