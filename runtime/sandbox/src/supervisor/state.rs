@@ -75,6 +75,8 @@ pub(crate) struct Container {
     pub(crate) status: Status,
     pub(crate) exit: Option<ExitStatus>,
     pub(crate) failure: Option<String>,
+    /// Whether the guest's kernel has killed a process of it for want of memory.
+    pub(super) out_of_memory: bool,
     pub(super) wanted: Wanted,
     /// Who waits for it to be created, or to be started if that was asked for at once.
     pub(super) creating: Option<Token>,

@@ -7,7 +7,7 @@ use caisson_wire::vmm::{Order, ToVmm};
 
 use super::super::state::{Call, Effect, Phase, State, Timer, What};
 use super::requests::init_of;
-use super::{MOST_LATE, Patient, USAGE_LIMIT, answer};
+use super::{KILL, MOST_LATE, Patient, USAGE_LIMIT, answer};
 use crate::proto::{Refusal, Reply, Status};
 
 /// The code of a process that the guest could not start for a reason of its own; engines know 126 and 127.
@@ -18,6 +18,9 @@ const NOT_EXECUTABLE: ExitStatus = ExitStatus::Code(126);
 
 /// How long the vmm process may take to say why the agent's stream has ended.
 const LAST_WORDS_LIMIT: Duration = Duration::from_millis(250);
+/// What is said of a container whose own process had to go.
+const OUT_OF_MEMORY: &str =
+    "its process was killed because the container ran out of memory; raise its memory limit";
 
 impl State {
     pub(super) fn agent(&mut self, message: FromAgent, out: &mut Vec<Effect>) {
@@ -25,7 +28,8 @@ impl State {
             FromAgent::Answer { id, outcome } => self.agent_answer(id, outcome, out),
             FromAgent::Exited { target, status } => self.exited(&target, status, out),
             FromAgent::OutOfMemory { container } => {
-                if let Some(container) = self.containers.get(&container) {
+                if let Some(container) = self.containers.get_mut(&container) {
+                    container.out_of_memory = true;
                     for watcher in &container.watchers {
                         out.push(Effect::Answer(*watcher, Ok(Reply::OutOfMemory)));
                     }
@@ -180,6 +184,9 @@ impl State {
         };
         container.status = Status::Stopped;
         container.exit = Some(status);
+        if container.out_of_memory && status == ExitStatus::Signal(KILL) {
+            container.failure = Some(OUT_OF_MEMORY.to_owned());
+        }
         for waiter in container.waiters.drain(..).chain(container.watchers.drain(..)) {
             out.push(Effect::Answer(waiter, Ok(Reply::Exited(status))));
         }

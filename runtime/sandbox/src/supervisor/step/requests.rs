@@ -107,6 +107,7 @@ impl State {
                 status: Status::Creating,
                 exit: None,
                 failure: None,
+                out_of_memory: false,
                 wanted: request.wanted,
                 creating: Some(token),
                 start: request.start,
