@@ -3,6 +3,11 @@
 //! `CAISSON_GUEST` names the directory with `vmlinux`, `vmlinuz` and `initramfs.cpio`, as `cargo xtask guest` makes
 //! it. Without it, or where the hypervisor's probe says no, nothing runs; with `CAISSON_NEED=kvm` that is a failure.
 //! `CAISSON_BOOT_WORDS` are added to the kernel's command line, and then its console is shown.
+#![expect(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "a test fails by panicking and says how long a boot took"
+)]
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
