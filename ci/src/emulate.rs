@@ -70,7 +70,7 @@ pub(crate) fn run(emulation: &Emulation, line: impl FnMut(&str)) -> anyhow::Resu
         "-M",
         "q35",
         "-cpu",
-        "EPYC,+svm,+npt",
+        "EPYC,+svm,+npt,-cx16",
     ])
     .args(["-display", "none", "-nodefaults", "-no-user-config", "-no-reboot"])
     .args([

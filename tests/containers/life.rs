@@ -33,7 +33,7 @@ fn created_started_killed_deleted() {
     let world = World::new();
     let bundle = world.bundle(
         "c",
-        "trap 'exit 7' TERM; while :; do sleep 1 & wait $!; done",
+        "trap 'exit 7' TERM; touch /tmp/ready; while :; do sleep 1 & wait $!; done",
         |config| {
             config["annotations"] = json!({ "org.example.kept": "yes" });
         },
@@ -63,6 +63,8 @@ fn created_started_killed_deleted() {
         !refused.status.success() && refused.stderr.contains("running"),
         "{refused:?}"
     );
+    let ready = world.directory.path().join("c/rootfs/tmp/ready");
+    eventually("it takes signals", || ready.exists());
     world.ok(&["kill", "c", "TERM"]);
     world.await_status("c", "stopped");
     let refused = world.run(&["kill", "c", "KILL"]);

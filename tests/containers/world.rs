@@ -130,6 +130,21 @@ impl World {
     }
 }
 
+impl Drop for World {
+    /// A case that failed leaves its containers behind; they are not to slow the others down.
+    fn drop(&mut self) {
+        let ids = std::fs::read_dir(self.root()).into_iter().flatten().flatten();
+        for id in ids.filter_map(|entry| entry.file_name().into_string().ok()) {
+            // The case has failed already, or has deleted it meanwhile.
+            let _ = self
+                .caisson(&["delete", "--force", &id])
+                .stdout(Stdio::null())
+                .stderr(Stdio::null())
+                .status();
+        }
+    }
+}
+
 /// The value of a variable without which nothing can be tested.
 pub(crate) fn needed(name: &str) -> String {
     std::env::var(name)
