@@ -57,7 +57,7 @@ enum Command {
         #[arg(long, default_value_t = 5)]
         runs: usize,
         /// Which kernel the guest has.
-        #[arg(long, value_enum, default_value = "own")]
+        #[arg(long, value_enum, default_value = "distro")]
         kernel: guest::Choice,
         /// Also measures inside the emulated host, over KVM.
         #[arg(long)]

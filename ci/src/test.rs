@@ -63,7 +63,7 @@ const PARTS: [Part; 7] = [
     },
     Part {
         name: "guest",
-        what: "prepares both guest kernels and boots each under QEMU up to the agent; builds a kernel if none is cached",
+        what: "prepares the guest of the distribution's kernel and boots it under QEMU up to the agent",
         run: guest,
     },
     Part {
@@ -175,7 +175,7 @@ fn cargo(root: &Path, arguments: &[&str], limit: Duration) -> anyhow::Result<Cou
 /// Both kernels and what goes with them; a boot of each up to the agent's search for its host.
 fn guest(root: &Path) -> anyhow::Result<Count> {
     let mut count = Count::default();
-    for assets in guest::prepare(root, Choice::Both, Arch::X86_64)? {
+    for assets in guest::prepare(root, Choice::Distro, Arch::X86_64)? {
         println!("{}", assets.directory.display());
         guest::boot_check(&assets)?;
         count.passed += 1;
@@ -208,7 +208,7 @@ fn emulate(root: &Path) -> anyhow::Result<Count> {
     Ok(count)
 }
 
-/// What the tests of containers drive: the static binary, and the guest that boots fastest of those there are.
+/// What the tests of containers drive: the static binary, and the guest.
 struct Subject {
     tests: PathBuf,
     binary: PathBuf,
@@ -226,7 +226,7 @@ impl Subject {
                 .next()
                 .context("there are no tests of containers")?,
             binary: build::caisson(root)?,
-            assets: guest::prepare_one(root, Choice::Own)?,
+            assets: guest::prepare_one(root, Choice::Distro)?,
         })
     }
 }

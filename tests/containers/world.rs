@@ -31,6 +31,9 @@ pub(crate) struct Outcome {
 impl World {
     pub(crate) fn new() -> Self {
         let directory = tempfile::Builder::new().prefix("caisson-e2e").tempdir().unwrap();
+        // Four guests at once, each emulated by an emulated processor, take their time.
+        let patient = "boot_timeout_s = 120\ncall_timeout_s = 60\n";
+        std::fs::write(directory.path().join("patient.toml"), patient).unwrap();
         Self { directory }
     }
 
@@ -38,6 +41,7 @@ impl World {
     pub(crate) fn caisson(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(needed("CAISSON_BIN"));
         command.arg("--root").arg(self.root()).args(arguments);
+        command.env("CAISSON_CONFIG", self.directory.path().join("patient.toml"));
         command.stdin(Stdio::null());
         command
     }

@@ -34,6 +34,8 @@ pub(crate) struct Confinement {
 impl Confinement {
     /// Opens and compiles what is needed.
     pub(crate) fn prepare() -> Result<Self, BuildError> {
+        // Asked of the kernel once and kept; a device that asks first when it is confined could not.
+        rustix::param::page_size();
         Ok(Self {
             identity: user::Identity::open().at("read the process's ids")?,
             filters: Filters::compile().at("compile system-call filters")?,
