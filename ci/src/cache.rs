@@ -113,7 +113,9 @@ fn prune(family: &Path) -> anyhow::Result<()> {
             .and_then(|data| data.modified())
             .ok()
             .and_then(|used| now.duration_since(used).ok());
-        if unused.is_some_and(|age| age > KEEP)
+        let unfinished = entry.file_name().to_string_lossy().starts_with(PARTIAL);
+        let keep = if unfinished { ABANDONED } else { KEEP };
+        if unused.is_some_and(|age| age > keep)
             && let Err(err) = fs::remove_dir_all(entry.path())
             && err.kind() != std::io::ErrorKind::NotFound
         {
@@ -124,6 +126,8 @@ fn prune(family: &Path) -> anyhow::Result<()> {
 }
 
 const PARTIAL: &str = ".partial-";
+/// After which time somebody who was making an entry must have been killed.
+const ABANDONED: Duration = Duration::from_secs(6 * 60 * 60);
 /// How long an unused entry stays.
 const KEEP: Duration = Duration::from_secs(14 * 24 * 60 * 60);
 

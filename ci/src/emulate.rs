@@ -29,8 +29,8 @@ pub(crate) struct Emulation {
     /// Memory of the host in MiB.
     #[arg(long, default_value_t = 2048, value_name = "MIB", value_parser = clap::value_parser!(u32).range(256..=65536))]
     pub(crate) memory: u32,
-    /// Processors of the host.
-    #[arg(long, default_value_t = 2, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=32))]
+    /// Processors of the host. With more than one, the emulation stops for good now and then.
+    #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=32))]
     pub(crate) smp: u32,
     /// Puts a file or directory of this machine into the host; may be given several times.
     #[arg(long, value_name = "SRC:DST", value_parser = parse_file)]

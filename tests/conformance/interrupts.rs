@@ -28,8 +28,14 @@ pub(crate) fn handler(letter: u8) -> Vec<u8> {
     code
 }
 
-/// Runs a guest that halts; calls `wake` from another thread once the guest is about to.
-fn halted<H: Hypervisor<Arch = X86_64>>(mut bench: Bench<H>, vector: usize, wake: impl FnOnce() + Send) {
+/// Runs a guest that halts; calls `wake` from another thread once the guest is about to, and `taken` when its
+/// handler runs.
+fn halted<H: Hypervisor<Arch = X86_64>>(
+    mut bench: Bench<H>,
+    vector: usize,
+    wake: impl FnOnce() + Send,
+    taken: impl Fn(),
+) {
     bench.gate(vector, HANDLER);
     bench.write(usize::from(HANDLER), &handler(b'i'));
     let (ready, waits) = channel();
@@ -42,6 +48,9 @@ fn halted<H: Hypervisor<Arch = X86_64>>(mut bench: Bench<H>, vector: usize, wake
             if matches!(seen, Seen::Out(0x30, _)) {
                 ready.send(()).expect("the waker waits");
             }
+            if matches!(seen, Seen::Out(0x31, _)) {
+                taken();
+            }
         });
         assert_eq!(bench.run(&long(), &mut io), Exit::PowerOff);
         assert_eq!(io.out(0x31), [b"i"]);
@@ -51,7 +60,12 @@ fn halted<H: Hypervisor<Arch = X86_64>>(mut bench: Bench<H>, vector: usize, wake
 pub(crate) fn an_msi_wakes_a_halted_vcpu<H: Hypervisor<Arch = X86_64>>(hypervisor: &H) {
     let bench = Bench::new(hypervisor, 1, &[ENABLE_APIC, HALT]);
     let interrupts = bench.vm.interrupts();
-    halted(bench, 0x40, move || interrupts.send_msi(msi(0x40)).unwrap());
+    halted(
+        bench,
+        0x40,
+        move || interrupts.send_msi(msi(0x40)).unwrap(),
+        || {},
+    );
 }
 
 pub(crate) fn a_line_wakes_a_halted_vcpu<H: Hypervisor<Arch = X86_64>>(hypervisor: &H) {
@@ -68,11 +82,13 @@ pub(crate) fn a_line_wakes_a_halted_vcpu<H: Hypervisor<Arch = X86_64>>(hyperviso
     let bench = Bench::new(hypervisor, 1, code);
     let interrupts = bench.vm.interrupts();
     let lower = interrupts.clone();
-    halted(bench, 0x41, move || {
-        interrupts.set_line(Line(5), true).unwrap();
-        interrupts.set_line(Line(5), false).unwrap();
-    });
-    lower.set_line(Line(5), false).unwrap();
+    // The line stays up until the handler has run, as a device holds it: it would interrupt again otherwise.
+    halted(
+        bench,
+        0x41,
+        move || interrupts.set_line(Line(5), true).unwrap(),
+        || lower.set_line(Line(5), false).unwrap(),
+    );
 }
 
 pub(crate) fn the_local_timer_wakes_a_halted_vcpu<H: Hypervisor<Arch = X86_64>>(hypervisor: &H) {
@@ -83,7 +99,7 @@ pub(crate) fn the_local_timer_wakes_a_halted_vcpu<H: Hypervisor<Arch = X86_64>>(
         &[0xc7, 0x87, 0x80, 0x03, 0, 0, 0, 0, 0x10, 0], // mov dword [rdi + 0x380], 0x100000: start
         HALT,
     ];
-    halted(Bench::new(hypervisor, 1, code), 0x42, || {});
+    halted(Bench::new(hypervisor, 1, code), 0x42, || {}, || {});
 }
 
 pub(crate) fn a_second_cpu_starts_by_init_and_sipi<H: Hypervisor<Arch = X86_64>>(hypervisor: &H) {
