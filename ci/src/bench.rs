@@ -325,7 +325,7 @@ fn inside(root: &Path, subject: &Subject, runs: usize) -> anyhow::Result<()> {
     let emulation = emulate::Emulation {
         arch: guest::Arch::X86_64,
         memory: 3072,
-        smp: 2,
+        smp: 1,
         file: vec![
             (subject.binary.clone(), IN_HOST.0.to_owned()),
             (subject.kernel.clone(), IN_HOST.1.to_owned()),
