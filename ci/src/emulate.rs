@@ -161,7 +161,7 @@ fn payload(emulation: &Emulation) -> anyhow::Result<Vec<u8>> {
         .and_then(|name| name.to_str())
         .context("the program's name is not UTF-8")?;
     let mut archive = Archive::default();
-    let inside = format!("/work/{base}");
+    let inside = format!("/programs/{base}");
     archive.file(&inside, 0o755, &content)?;
     for (source, target) in &emulation.file {
         archive.tree(source, target)?;
