@@ -166,7 +166,7 @@ fn payload(emulation: &Emulation) -> anyhow::Result<Vec<u8>> {
     for (source, target) in &emulation.file {
         archive.tree(source, target)?;
     }
-    let mut script = "#!/bin/sh\ncd /work\n".to_owned();
+    let mut script = "#!/bin/sh\ncd /programs\n".to_owned();
     for (name, value) in &emulation.env {
         script.push_str(&format!("export {name}={}\n", quote(value)));
     }
@@ -272,7 +272,7 @@ exec bin/busybox switch_root /new /main
 /// all of it has arrived when the program is gone.
 const MAIN: &str = r#"#!/bin/sh
 export PATH=/bin:/sbin:/usr/bin:/usr/sbin HOME=/root TERM=dumb
-mkdir -p /dev/pts /dev/shm /run /tmp /work
+mkdir -p /dev/pts /dev/shm /run /tmp /programs
 mount -t devpts -o mode=0620,ptmxmode=0666 devpts /dev/pts
 mount -t tmpfs -o mode=1777 tmpfs /dev/shm
 mount -t tmpfs -o mode=0755 tmpfs /run
